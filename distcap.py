@@ -354,10 +354,10 @@ def load_captioner(name, prompt=""):
 # 6. The toy world: scenes of which every fact is known
 # ==================================================================================================
 # Two objects side by side or one above the other, on a background. Scenes come in groups of four
-# near-twins that differ in the objects' sizes alone. Sizes are easy to see, but each has three words
-# of which none is common, and relations and backgrounds are often left out: a captioner that follows
-# the most probable words names neither. Retrieval needs them. So generic captions, bags of words and
-# unnamed facts all cost recall, through the rarity of words, not the difficulty of seeing.
+# near-twins that differ in the objects' sizes alone. Sizes are easy to see, but each has three
+# words of which none is common, and relations and backgrounds are often left out: a captioner that
+# follows the most probable words names neither. Retrieval needs them. So generic captions, bags of
+# words and unnamed facts all cost recall: through rarity of words, not the difficulty of seeing.
 
 SIZES = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220),
@@ -371,13 +371,13 @@ RELATIONS = {"above": ("vertical", 0), "over": ("vertical", 0),  # words -> layo
              "to the right of": ("horizontal", 1), "right of": ("horizontal", 1)}
 OPENERS = {"": 4, "there is ": 1.5, "i see ": 1.5, "this is ": 1.5, "here we have ": 1.5}
 
-# How people write. The chance to say just "two shapes", then to name each fact: size, colour, shape,
-# relation, background.
+# How people write. The chance to say just "two shapes", then to name each fact: size, colour,
+# shape, relation, background.
 WRITERS = {"generic": (1, 0, 0, 0, 0, .8), "ordinary": (0, .05, .9, .95, .35, .3),
            "observant": (0, .85, .95, 1, .9, .8), "full": (0, 1, 1, 1, 1, 1),
            "web": (.05, .75, .88, .92, .84, .68)}
 DETAIL = {"generic": {"generic": .4, "ordinary": .6}, "full": {"full": 1},  # --gt-detail
-          "mixed": {"generic": .1, "ordinary": .4, "observant": .5}}
+          "mixed": {"generic": .1, "ordinary": .3, "observant": .6}}
 
 # The world's grammar, one regular expression: [opener] (two shapes | a.. relation a..) [background]
 _PHRASE = r"a(?: ({}))?(?: ({}))? ({}|shape)".format(
@@ -401,9 +401,10 @@ def invent_scenes(counts, rng):
         scenes = []
         while len(scenes) < count:
             *looks, ground, layout = next(plans)
-            scenes += [{"layout": layout, "ground": ground, "objects": [
-                {"size": size, "color": color, "shape": shape}
-                for size, (color, shape) in zip(sizes, looks)]} for sizes in product(SIZES, repeat=2)]
+            for sizes in product(SIZES, repeat=2):
+                things = [{"size": size, "color": color, "shape": shape}
+                          for size, (color, shape) in zip(sizes, looks)]
+                scenes.append({"layout": layout, "ground": ground, "objects": things})
         splits.append(scenes[:count])
     return splits
 
@@ -1545,7 +1546,7 @@ def pretrain_discriminator(discriminator, captioner, items, embs, clip, hp):
         human = [item["captions"][k % len(item["captions"])] for k, item in enumerate(some)]
         i = torch.from_numpy(np.array(embs[split][:len(some)], np.float32)).to(hp.device)
         sets[split] = i, clip.encode_texts(human), clip.encode_texts(generated)
-    optimizer = torch.optim.Adam(discriminator.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(discriminator.parameters(), 1e-3, weight_decay=.05)
     for _ in tqdm(range(hp.disc_steps), "discriminator", disable=rank_and_world()[0] > 0):
         rows = torch.randint(len(sets["train"][0]), (256,))
         loss, _ = discriminator_loss(discriminator, *(x[rows] for x in sets["train"]))
@@ -1653,7 +1654,7 @@ FLAGS = {"input and output": {
     "alpha": (SHARE, .94, .94, "weight of r_sim, the rest is r_regu; paper: .94 [C]"),
     "tau": (POSITIVE, None, None, "temperature; paper: 1 / CLIP's logit scale, the default"),
     "rl-weight": (WEIGHT, 1., 1., "of the captioner's own caption; 0: WTF alone; paper: 1"),
-    "wtf-weight": (WEIGHT, 2., 1., "of the GT caption; paper: 1"),
+    "wtf-weight": (WEIGHT, 4., 1., "of the GT caption; paper: 1"),
     "gt-in-pool": (bool, True, True, "GT captions in T; paper: yes"),
     "greedy-in-pool": (bool, True, True, "greedy captions in T; paper: yes"),
     "mined-images": (WHOLE, 2, 2, "similar images in I for each image; paper: 2 [C]"),
@@ -1664,12 +1665,12 @@ FLAGS = {"input and output": {
     "max-new-tokens": (COUNT, 30, 50, "paper: 50 [C]"),
     "center-reward": (bool, True, True, "the mean reward is zero, see rl_step; paper: no"),
 }, "training": {
-    "tf-steps": (WHOLE, 1200, 0, "teacher forcing; paper: starts from a TF captioner"),
+    "tf-steps": (WHOLE, 1500, 0, "teacher forcing; paper: starts from a TF captioner"),
     "tf-lr": (POSITIVE, 2e-3, 2e-5, "its peak learning rate; paper: not known"),
-    "disc-steps": (WHOLE, 400, 400, "the discriminator's pre-training; paper: not known"),
-    "disc-images": (COUNT, 1000, 2000, "training images for it; paper: not known"),
+    "disc-steps": (WHOLE, 1000, 1000, "the discriminator's pre-training; paper: not known"),
+    "disc-images": (COUNT, 2000, 2000, "training images for it; paper: not known"),
     "disc-lr": (POSITIVE, 3e-4, 7e-5, "of the discriminator; paper: 7e-5 [C]"),
-    "steps": (COUNT, 200, 5000, "RL steps; paper: not known"),
+    "steps": (COUNT, 150, 5000, "RL steps; paper: not known"),
     "batch-size": (COUNT, 64, 32, "over all processes; paper: not known"),
     "grad-accum": (COUNT, 1, 1, "batches a step; each keeps its own pools"),
     "lr": (POSITIVE, 5e-4, 1e-6, "peak learning rate of RL; paper: not known"),
@@ -1681,7 +1682,7 @@ FLAGS = {"input and output": {
     "eval-images": (COUNT, 200, 1000, "how many of them"),
     "eval-batch-size": (COUNT, 100, 32, "images at a time when decoding only"),
 }, "toy world": {
-    "clip-steps": (COUNT, 400, 400, "training steps of the toy CLIP"),
+    "clip-steps": (COUNT, 450, 450, "training steps of the toy CLIP"),
     "gt-detail": ([*DETAIL], "mixed", "mixed", "what its references mention"),
 }, "machine": {
     "device": (str, "", "", "cpu, cuda, cuda:1, mps; default: the best there is"),
