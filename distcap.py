@@ -852,8 +852,9 @@ def reward_pools(t, rows, bank, kinds):
                 for kind in t}
     for block, kind in enumerate(kinds):
         own_text[kind].diagonal(block * size * world + rank * size).fill_(True)
-    # paper: I = the batch's images + mined similar images. Each image stands in I once and is
-    # never a negative for a caption of the same image id.
+    # paper: I = the batch's images + mined similar images.
+    # DEPARTS: each image stands in I once and is never a negative for a caption of its own id;
+    # released code lets such false negatives in.
     batch = gather(rows)
     pool = torch.cat([batch, bank["near"][batch].flatten()]).unique()  # (Q,)
     return (texts, bank["emb"][pool].float(), own_text,
@@ -916,6 +917,7 @@ def rl_step(batch, captioner, discriminator, clip, bank, hp):
         d_loss, info["d_accuracy"] = discriminator_loss(discriminator, i, t["gt"], t["policy"])
 
     # -- 6. LOSS: RL on the captioner's own caption + WTF on the GT caption ------------------------
+    # DEPARTS: the WTF line of the released code repeats the RL term and never uses GT rewards.
     loss_wtf = policy_gradient_loss(log_p["gt"], r["gt"])
     loss_rl = policy_gradient_loss(log_p["policy"], r["policy"]) if hp.rl_weight else 0.
     loss = hp.rl_weight * loss_rl + hp.wtf_weight * loss_wtf
@@ -1141,13 +1143,14 @@ def clip_score(t, i):
     return 2.5 * (t * i).sum(-1).clamp(min=0)
 
 # -- Diversity -------------------------------------------------------------------------------------
-def self_bleu(captions, n=4, epsilon=0.0):
-    """Mean BLEU of each caption against all others (Zhu et al. 2018); None below two captions.
-    captions: strings of tokens. A zero count becomes epsilon (0.1 is nltk's smoothing method 1);
-    with epsilon 0 that caption scores 0. Exact, yet linear in the captions: BLEU clips by the
-    largest count of an n-gram among the OTHERS, which is the second largest for its owner.
+def self_bleu(captions, n=4):
+    """Mean BLEU-n of each caption against all others (Zhu et al. 2018); None below two captions.
+
+    captions: strings of tokens. No smoothing: a caption without a shared n-gram scores 0. Exact,
+    yet linear in the captions: BLEU clips by the largest count of an n-gram among the OTHERS,
+    which is the second largest count for the owner of the largest.
     """
-    words, best, total = [c.split() for c in captions], {}, 0.0
+    words, best, total = [c.split() for c in captions], {}, 0.
     if len(words) < 2:
         return None
     grams = [Counter(tuple(w[k:k + m]) for m in range(1, n + 1) for k in range(len(w) - m + 1))
@@ -1164,9 +1167,9 @@ def self_bleu(captions, n=4, epsilon=0.0):
         for gram, count in counts.items():
             top, owner, second = best[gram]
             hits[len(gram) - 1] += min(count, second if owner == c else top)
-        if hits[0] and (epsilon or all(hits)):  # nltk: no shared word is 0, smoothed or not
+        if all(hits):
             # log BLEU = min(0, 1 - closest/size) + mean over m of log(hits_m / number of m-grams)
-            logs = [math.log((h or epsilon) / max(1, size - m)) for m, h in enumerate(hits)]
+            logs = [math.log(h / (size - m)) for m, h in enumerate(hits)]
             total += math.exp(min(0, 1 - closest[size] / size) + sum(logs) / n)
     return total / len(words)
 
@@ -1185,7 +1188,7 @@ def diversity(captions):
             "duplicates": sum(n for n in Counter(words).values() if n > 1) / max(1, len(words))}
 
 # -- Metrics against references, in Java -----------------------------------------------------------
-# The PTB tokenizer, METEOR 1.5 and SPICE exist only in Java. pycocoevalcap's wrappers trust the
+# The PTB tokenizer and METEOR 1.5 exist only in Java. pycocoevalcap's wrappers trust the
 # JVM: if it fails they return empty captions or hang. So each JVM is watched, its output checked.
 
 CAPTION_METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "cider")
@@ -1246,10 +1249,10 @@ def ptb_tokenize(captions, java):
             raise ValueError(f"exit {jvm.returncode}, {len(lines) - 1} of {len(captions)} lines")
     return [" ".join(w for w in line.rstrip().split(" ") if w not in drop) for line in lines[:-1]]
 
-def meteor_scores(java, tokens, seconds):
-    """(corpus METEOR 1.5, [one value per caption]); runs in a thread beside the other metrics.
-    tokens: Future of ({id: [reference, ..]}, {id: [caption]}). The JVM starts at once, since it
-    loads for 10 s. The corpus value is the jar's aggregate, not the mean.
+def meteor_score(java, tokens, seconds):
+    """Corpus METEOR 1.5: the jar's aggregate, not the mean of the captions. For a thread.
+
+    tokens: Future of ({id: [reference, ..]}, {id: [caption]}), as caption_metrics makes them.
     """
     with java_process(java, "meteor", "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio",
                       "-l", "en", "-norm", seconds=seconds) as jvm:
@@ -1258,23 +1261,20 @@ def meteor_scores(java, tokens, seconds):
             return jvm.stdout.readline().strip()
         references, captions = tokens.result()
         stats = [ask("SCORE", *references[k], captions[k][0]) for k in captions]
-        answers = [ask("EVAL", *stats), *(jvm.stdout.readline() for _ in captions)]
-        *values, total = map(float, answers)  # a dead JVM answers "": ValueError
-        return total, values
+        ask("EVAL", *stats)  # a line for each caption, then the total
+        return float([jvm.stdout.readline() for _ in captions][-1])  # a dead JVM's "": ValueError
 
 def caption_metrics(references, captions):
-    """BLEU-1..4, METEOR, ROUGE-L, CIDEr and SPICE as COCO's evaluation computes them.
-    references {id: [str, ..]}; captions {id: str}: the images to score. Returns
-    totals {metric: float or None}, notes {metric: why None, or a warning's name: text} and
-    each {id: {metric: float, .., "tokens": str}}, where SPICE has no values. Without Java all is
-    None. A failure of METEOR or SPICE costs that metric only. UserError names bare images.
+    """BLEU-1..4, METEOR, ROUGE-L and CIDEr as COCO's evaluation computes them.
+
+    references {id: [str, ..]}; captions {id: str}: the images to score. -> totals {metric: float or
+    None}, notes {metric: why it is None}, tokens {id: PTB tokens, or {} without Java}. Without Java
+    all are None; a failure of METEOR costs METEOR only. UserError: an image without references.
     """
     bare = [k for k in captions if not "".join(references.get(k, [])).strip()]
     if bare or not captions:
-        raise UserError(f"no references for image {few(bare)}" if bare else "no captions to score")
-    notes = {}
-    java, why = find_java()
-    tokens, totals = Future(), dict.fromkeys(CAPTION_METRICS)
+        raise UserError(f"no references for image {bare[0]}" if bare else "no captions to score")
+    (java, why), tokens, totals, notes = find_java(), Future(), dict.fromkeys(CAPTION_METRICS), {}
     with ThreadPoolExecutor(1) as pool:
         try:
             if java is None:
@@ -1282,31 +1282,26 @@ def caption_metrics(references, captions):
             from pycocoevalcap.bleu.bleu import Bleu
             from pycocoevalcap.cider.cider import Cider
             from pycocoevalcap.rouge.rouge import Rouge
-            meteor = pool.submit(meteor_scores, java, tokens, 120 + 0.1 * len(captions))
+            # METEOR's JVM loads for 10 s: it starts now and works beside the others.
+            meteor = pool.submit(meteor_score, java, tokens, 120 + .1 * len(captions))
             flat = iter(ptb_tokenize([*captions.values(), *(r for k in captions
                                                             for r in references[k])], java))
             res = {k: [next(flat)] for k in captions}
             gts = {k: [next(flat) for _ in references[k]] for k in captions}
             tokens.set_result((gts, res))
         except (ImportError, OSError, RuntimeError) as error:
-            return totals, {**notes, **dict.fromkeys(totals, str(error))}, {k: {} for k in captions}
+            return totals, dict.fromkeys(totals, str(error)), {}
         finally:
             tokens.cancel()  # without tokens, METEOR must not wait for them
-        bleu, values = Bleu(4).compute_score(gts, res, verbose=0)
-        found = {f"bleu{n + 1}": (bleu[n], values[n]) for n in range(4)}
-        found["rouge_l"] = Rouge().compute_score(gts, res)
-        found["cider"] = Cider().compute_score(gts, res)
+        bleu, _ = Bleu(4).compute_score(gts, res, verbose=0)
+        totals |= {f"bleu{n + 1}": value for n, value in enumerate(bleu)}
+        totals["rouge_l"], totals["cider"] = (float(scorer.compute_score(gts, res)[0])
+                                              for scorer in (Rouge(), Cider()))
         try:
-            found["meteor"] = meteor.result()
+            totals["meteor"] = meteor.result()
         except (OSError, RuntimeError) as error:
             notes["meteor"] = str(error)
-    each = {k: {m: float(v[n]) for m, (_, v) in found.items() if len(v)} | {"tokens": res[k][0]}
-            for n, k in enumerate(captions)}
-    return totals | {m: float(total) for m, (total, _) in found.items()}, notes, each
-
-def few(ids, n=5):
-    """The first n ids, and how many more, for a message of one line."""
-    return ", ".join(repr(k)[:40] for k in ids[:n]) + f" and {len(ids) - n} more" * (len(ids) > n)
+    return totals, notes, {k: caption for k, (caption,) in res.items()}
 
 @torch.no_grad()
 def generate_captions(captioner, items, label, hp):
@@ -1345,11 +1340,11 @@ def evaluate(captions, items, clip, emb, language=True):
         metrics |= oracle_metrics(captions, [item["scene"] for item in items])
     tokens = captions
     if language:
-        scores, notes, each = caption_metrics(
+        scores, notes, split = caption_metrics(
             {item["image_id"]: item["captions"] for item in items},
             {item["image_id"]: caption for item, caption in zip(items, captions)})
         metrics |= scores
-        tokens = [one.get("tokens", c.lower()) for one, c in zip(each.values(), captions)]
+        tokens = list(split.values()) or captions
     return metrics | diversity(tokens), notes
 
 TABLE = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10", "bleu4", "rouge_l", "cider",
@@ -1654,6 +1649,7 @@ FLAGS = {"input and output": {
     "alpha": (SHARE, .94, .94, "weight of r_sim, the rest is r_regu; paper: .94 [C]"),
     "tau": (POSITIVE, None, None, "temperature; paper: 1 / CLIP's logit scale, the default"),
     "rl-weight": (WEIGHT, 1., 1., "of the captioner's own caption; 0: WTF alone; paper: 1"),
+    # DEPARTS: WTF counts 4 times in the toy world; with 2, grammar wavers there at this rate.
     "wtf-weight": (WEIGHT, 4., 1., "of the GT caption; paper: 1"),
     "gt-in-pool": (bool, True, True, "GT captions in T; paper: yes"),
     "greedy-in-pool": (bool, True, True, "greedy captions in T; paper: yes"),
@@ -1661,7 +1657,8 @@ FLAGS = {"input and output": {
     "mined-skip": (WHOLE, 3, 3, "nearer ones left out; paper: 3, so the 4th and 5th [C]"),
     "decode": (["beam", "sample"], "beam", "beam", "the trajectory; paper: top beam [C]"),
     "num-beams": (COUNT, 5, 5, "also in evaluation; paper: 5 [C]"),
-    "no-repeat-ngram": (WHOLE, 4, 3, "paper: 3 [C]; toy: 4, as \"a small red\" may come twice"),
+    # DEPARTS: 4 in the toy world, whose grammar may say "a small red" twice.
+    "no-repeat-ngram": (WHOLE, 4, 3, "none of these twice, in beams and greedy; paper: 3 [C]"),
     "max-new-tokens": (COUNT, 30, 50, "paper: 50 [C]"),
     "center-reward": (bool, True, True, "the mean reward is zero, see rl_step; paper: no"),
 }, "training": {

