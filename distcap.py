@@ -1495,12 +1495,7 @@ def train(hp):
     after = generate_captions(captioner, items["test"], "captions after RL", hp)
     if writer:
         save_results(run, captioner, discriminator)
-        whole = sum(seconds.values()) or math.inf  # inf: nothing was left to do
-        shares = ", ".join(f"{name} {s / whole:.0%}" for name, s in seconds.items())
-        memory = (torch.cuda.max_memory_allocated() if hp.device.startswith("cuda")
-                  else peak_memory())
-        print(f"{hp.steps * hp.batch_size * hp.grad_accum / whole:.1f} images/s ({shares}), "
-              f"peak memory {memory / 2 ** 30:.1f} GiB")
+        print_speed(seconds, hp)
         report(run, items["test"], before, after, clip, embs["test"],
                {"discriminator_accuracy": accuracy})
 
@@ -1559,11 +1554,15 @@ def save_results(run, captioner, discriminator):
         captioner.save(fresh)
     save_file(discriminator.state_dict(), run / "discriminator.safetensors")
 
-def peak_memory():
-    """Largest resident memory of this process so far, in bytes."""
+def print_speed(seconds, hp):
+    """One line: RL images a second, shares of the time, peak memory (GPU, or resident on a CPU)."""
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin"
-                                                                 else 1024)
+    whole = sum(seconds.values()) or math.inf  # inf: a resumed run had nothing left to do
+    shares = ", ".join(f"{name} {s / whole:.0%}" for name, s in seconds.items())
+    memory = (torch.cuda.max_memory_allocated() if hp.device.startswith("cuda") else  # ru: KiB
+              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(f"{hp.steps * hp.batch_size * hp.grad_accum / whole:.1f} images/s ({shares}), "
+          f"peak memory {memory / 2 ** 30:.1f} GiB")
 
 def open_run(hp):
     """A finished run. -> its folder, its flags merged with hp's, its final captioner."""
