@@ -1051,7 +1051,7 @@ def training_batches(items, captioner, text_emb, plan, hp):
         yield batch
 
 def run_stage(stage, step, batches, state, peaks, steps, validate, hp):
-    """Run `steps` optimiser steps of a stage from its checkpoint on. -> seconds by kind of work.
+    """Run a stage up to `steps` from its checkpoint on. -> seconds by kind of work, steps it ran.
 
     step(batch) -> loss, discriminator loss or None, info. batches(start) yields what it takes.
     state: networks by name, and "<name>_optimizer" for each name in peaks = {name: learning rate}.
@@ -1095,7 +1095,7 @@ def run_stage(stage, step, batches, state, peaks, steps, validate, hp):
                 ("log p GT", "log_p_gt"), ("D accuracy", "d_accuracy")) if name in info})
             if (k + 1) % hp.checkpoint_every == 0 or k + 1 == steps:
                 save_checkpoint(run / "checkpoint.pt", stage, k + 1, state)
-    return total
+    return total, steps - start
 
 
 # ==================================================================================================
@@ -1489,13 +1489,13 @@ def train(hp):
     peaks = {"captioner": hp.lr} | ({"discriminator": hp.disc_lr}
                                     if hp.rl_weight and hp.alpha < 1 else {})
     hp.tau = hp.tau or clip.tau
-    seconds = stage("rl", lambda batch: rl_step(batch, net, critic, clip, bank, hp),
-                    {"captioner": captioner, "discriminator": discriminator}, embs["texts"], peaks,
-                    hp.steps)
+    speed = stage("rl", lambda batch: rl_step(batch, net, critic, clip, bank, hp),
+                  {"captioner": captioner, "discriminator": discriminator}, embs["texts"], peaks,
+                  hp.steps)
     after = generate_captions(captioner, items["test"], "captions after RL", hp)
     if writer:
         save_results(run, captioner, discriminator)
-        print_speed(seconds, hp)
+        print_speed(*speed, hp)
         report(run, items["test"], before, after, clip, embs["test"],
                {"discriminator_accuracy": accuracy})
 
@@ -1554,14 +1554,14 @@ def save_results(run, captioner, discriminator):
         captioner.save(fresh)
     save_file(discriminator.state_dict(), run / "discriminator.safetensors")
 
-def print_speed(seconds, hp):
+def print_speed(seconds, steps, hp):
     """One line: RL images a second, shares of the time, peak memory (GPU, or resident on a CPU)."""
     import resource
     whole = sum(seconds.values()) or math.inf  # inf: a resumed run had nothing left to do
     shares = ", ".join(f"{name} {s / whole:.0%}" for name, s in seconds.items())
     memory = (torch.cuda.max_memory_allocated() if hp.device.startswith("cuda") else  # ru: KiB
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    print(f"{hp.steps * hp.batch_size * hp.grad_accum / whole:.1f} images/s ({shares}), "
+    print(f"{steps * hp.batch_size * hp.grad_accum / whole:.1f} images/s ({shares}), "
           f"peak memory {memory / 2 ** 30:.1f} GiB")
 
 def open_run(hp):
