@@ -277,13 +277,18 @@ class BlipCaptioner(Captioner):
     def generate(self, states, num_beams=1, sample=False, no_repeat_ngram=0, max_new_tokens=50):
         """transformers' own search: a KV cache, and beams that share their image's states."""
         start = torch.tensor([self.start], device=states.device).expand(len(states), -1)
-        return self.model.text_decoder.generate(
+        tokens = self.model.text_decoder.generate(
             input_ids=start, attention_mask=torch.ones_like(start), encoder_hidden_states=states,
             encoder_attention_mask=states.new_ones(states.shape[:2], dtype=torch.long),
             num_beams=num_beams, do_sample=sample, no_repeat_ngram_size=no_repeat_ngram,
             **({"top_k": 0} if sample else {}),  # else transformers samples from 50 words only
             max_new_tokens=min(max_new_tokens, self.max_length - self.prompt),
             eos_token_id=self.eos, pad_token_id=self.pad)
+        # transformers takes a pad id of 0 for none and fills beams up with eos: each would count.
+        ended = (tokens[:, self.prompt:] == self.eos).cumsum(1).roll(1, 1)
+        ended[:, 0] = 0
+        tokens[:, self.prompt:] = tokens[:, self.prompt:].masked_fill(ended > 0, self.pad)
+        return tokens
 
     def logits(self, states, tokens):
         """states (B,N,H), tokens (B,T) -> (B,T-1,V)."""

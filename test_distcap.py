@@ -818,6 +818,20 @@ def test_log_p_is_what_generation_assigned(step_case):
     assert torch.equal(captioner.generate(states, sample=True, max_new_tokens=30), out.sequences)
 
 
+def test_a_beam_ends_with_one_eos_and_pads(step_case):
+    """So that a caption's log p is the same in any batch."""
+    batch, captioner, *_ = step_case
+    with torch.no_grad():
+        states = captioner.encode(batch(range(16))["pixels"])
+        tokens = captioner.generate(states, num_beams=5, no_repeat_ngram=4, max_new_tokens=30)
+        assert ((tokens == captioner.eos).sum(1) == 1).all() and (tokens == captioner.pad).any()
+        for row in range(16):
+            alone = captioner.generate(states[row:row + 1], num_beams=5, no_repeat_ngram=4,
+                                       max_new_tokens=30)[0].tolist()
+            assert alone == tokens[row, :len(alone)].tolist()
+            assert set(tokens[row, len(alone):].tolist()) <= {captioner.pad}
+
+
 def test_tokens_go_there_and_back(step_case):
     _, captioner, *_ = step_case
     captions = ["a red circle above a blue cross", "two shapes"]
@@ -842,7 +856,7 @@ def test_every_flag_is_read_and_every_paper_value_named():
 
 def test_readme_commands_parse_and_its_functions_exist():
     readme = (HERE / "README.md").read_text()
-    lines = re.findall(r"^(?:\$ )?((?:torchrun .*?)?(?:python )?distcap\.py .*)$", readme, re.M)
+    lines = re.findall(r"^ +((?:torchrun .* )?(?:python )?distcap\.py .*)$", readme, re.M)
     assert len(lines) >= 4
     for line in lines:
         words = shlex.split(line.split("#")[0])
