@@ -1400,7 +1400,7 @@ def draw_report(run, items, before, after, rows):
     log = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
     start = [entry | {"step": 0} for entry in log if entry["stage"] == "tf" and "val" in entry]
     log = start + [entry for entry in log if entry["stage"] == "rl"]
-    figure = plt.figure(figsize=(15, 8.5), layout="constrained")
+    figure = plt.figure(figsize=(15, 9), layout="constrained")
     grid = figure.add_gridspec(2, 6, height_ratios=(1, 1.1))
     curves = (("1. Its reward overtakes that of human captions",
                {"r_policy": "its own caption (RL)", "r_gt": "a human caption (WTF)"}),
@@ -1426,8 +1426,8 @@ def draw_report(run, items, before, after, rows):
         axes = figure.add_subplot(grid[1, k])
         axes.imshow(open_image(item["file"]))
         axes.axis("off")
-        for text, color, y in ((f"TF: {tf}", "firebrick", -.05), (f"RL: {rl}", "darkgreen", -.36),
-                               (f"human: {item['captions'][0]}", "black", -.67)):
+        for text, color, y in ((f"TF: {tf}", "firebrick", -.05), (f"RL: {rl}", "darkgreen", -.48),
+                               (f"human: {item['captions'][0]}", "black", -.91)):
             axes.text(0, y, fill(text, 30), color=color, va="top", transform=axes.transAxes)
     figure.savefig(run / "report.png", dpi=80)
     plt.close(figure)
