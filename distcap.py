@@ -1654,7 +1654,7 @@ FLAGS = {"input and output": {
     "alpha": (SHARE, .94, .94, "weight of r_sim, the rest is r_regu; paper: .94 [C]"),
     "tau": (POSITIVE, None, None, "temperature; paper: 1 / CLIP's logit scale, the default"),
     "rl-weight": (WEIGHT, 1., 1., "of the captioner's own caption; 0: WTF alone; paper: 1"),
-    # DEPARTS: WTF counts 4 times in the toy world; with 2, grammar wavers there at this rate.
+    # DEPARTS: WTF counts 4 times in the toy world; 1 has not been measured there yet.
     "wtf-weight": (WEIGHT, 4., 1., "of the GT caption; paper: 1"),
     "gt-in-pool": (bool, True, True, "GT captions in T; paper: yes"),
     "greedy-in-pool": (bool, True, True, "greedy captions in T; paper: yes"),
