@@ -138,6 +138,12 @@ def policy_gradient_loss(log_p, reward):
     return -(reward.detach() * log_p).mean()
 
 
+def clip_loss(t, i, tau):
+    """CLIP's symmetric cross entropy; t, i (B,D) unit norm -> (). Source: Radford et al. 2021."""
+    logits, label = i @ t.T / tau, torch.arange(len(i), device=i.device)  # (B,B)
+    return (F.cross_entropy(logits, label) + F.cross_entropy(logits.T, label)) / 2
+
+
 # ==================================================================================================
 # 3. Discriminator: the first use of GT captions
 # ==================================================================================================
@@ -145,15 +151,19 @@ def policy_gradient_loss(log_p, reward):
 class Discriminator(nn.Module):
     """MLP 1024-512-256-2 on [image, text] CLIP embeddings. Class 1 = GT. Source: released code."""
 
-    def __init__(self, dim):
-        """dim: size D of one CLIP embedding (512 for ViT-B/32, which makes the 1024 inputs)."""
+    def __init__(self, dim, sees_image=True):
+        """dim: size D of one CLIP embedding (512 for ViT-B/32, which makes the 1024 inputs).
+
+        sees_image=False: the caption's embedding alone, as Cho et al. 2022's grammar network.
+        """
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(2 * dim, 512), nn.ReLU(), nn.Linear(512, 256),
-                                 nn.ReLU(), nn.Linear(256, 2))
+        self.sees_image = sees_image
+        self.net = nn.Sequential(nn.Linear((1 + sees_image) * dim, 512), nn.ReLU(),
+                                 nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 2))
 
     def forward(self, i, t):
         """i, t (B,D) -> logits (B,2)."""
-        return self.net(torch.cat([i, t], -1))
+        return self.net(torch.cat([i, t], -1) if self.sees_image else t)
 
 def human_probability(discriminator, i, t):
     """r_regu: probability that caption t of image i is human. i, t (B,D) -> (B,), no gradient."""
@@ -165,6 +175,23 @@ def discriminator_loss(discriminator, i, t_gt, t_generated):
     logits = discriminator(torch.cat([i, i]), torch.cat([t_gt, t_generated])).float()  # (2B,2)
     label = (torch.arange(len(logits), device=logits.device) < len(i)).long()
     return F.cross_entropy(logits, label), (logits.argmax(-1) == label).float().mean().item()
+
+def break_grammar(caption, vocabulary, rng):
+    """Repeat, remove, insert or swap a word: the negatives of the grammar network. -> str.
+
+    vocabulary: list of words to insert. Source: Cho et al. 2022, who train it once and fix it.
+    """
+    words, how = caption.split(), rng.randrange(4)
+    k, j = rng.randrange(len(words)), rng.randrange(len(words))
+    if how == 0:
+        words.insert(k, words[k])
+    elif how == 1:
+        del words[k]
+    elif how == 2:
+        words.insert(k, rng.choice(vocabulary))
+    else:
+        words[k], words[j] = words[j], words[k]
+    return " ".join(words)
 
 
 # ==================================================================================================
@@ -187,21 +214,31 @@ class FrozenClip:
         self.key = hashlib.sha256(f"{sums} {preprocess}".encode()).hexdigest()[:16]
         self.dim = self.encode_texts(["a"]).shape[-1]
 
+    def unfreeze_text(self):
+        """Let the text tower learn; images keep their cached embeddings. -> the model."""
+        for name, weights in self.model.named_parameters():
+            weights.requires_grad_(not name.startswith(("visual", "logit_scale")))
+        return self.model
+
     @torch.no_grad()
     def encode_images(self, pixels):
         """pixels (n,3,h,w) -> (n,D)."""
         return F.normalize(self.model.encode_image(pixels.to(self.device)).float(), dim=-1)
 
-    @torch.no_grad()
-    def encode_texts(self, captions, batch_size=512):
-        """captions: list of n str -> (n,D). Equal captions are encoded once."""
+    def encode_texts(self, captions, batch_size=512, unit=True, grad=False):
+        """captions: list of n str -> (n,D). Equal captions are encoded once.
+
+        unit=False: the mean length is 1 instead (--similarity dot). grad=True: for --train-clip.
+        """
         # paper: full stops are removed, no prompt is put in front (released code).
         captions = [c.replace(".", "").strip() for c in captions]
         unique = list(dict.fromkeys(captions))
-        rows = torch.cat([self.model.encode_text(self.tokenizer(unique[k:k + batch_size])
-                          .to(self.device)) for k in range(0, len(unique), batch_size)])
-        place = {c: k for k, c in enumerate(unique)}
-        return F.normalize(rows.float(), dim=-1)[[place[c] for c in captions]]
+        with torch.set_grad_enabled(grad):
+            rows = torch.cat([self.model.encode_text(self.tokenizer(unique[k:k + batch_size])
+                              .to(self.device)) for k in range(0, len(unique), batch_size)]).float()
+            place = {c: k for k, c in enumerate(unique)}
+            rows = F.normalize(rows, dim=-1) if unit else rows / rows.norm(dim=-1).mean()
+            return rows[[place[c] for c in captions]]
 
 def load_clip(name, pretrained, device):
     """open_clip model by name and tag (or weights file), or a folder in open_clip's own format.
@@ -584,10 +621,8 @@ def train_toy_clip(items, folder, steps, seed, device):
         captions = [describe(scenes[row], rng, writers) for row in rows.flatten().tolist()]
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         images = pixels[rows.flatten()].permute(0, 3, 1, 2).to(device) / 127.5 - 1  # (128,3,64,64)
-        i = model.encode_image(images, normalize=True)
-        t = model.encode_text(tokens["input_ids"].to(device), normalize=True)
-        logits, label = model.logit_scale.exp() * i @ t.T, torch.arange(len(i), device=device)
-        loss = (F.cross_entropy(logits, label) + F.cross_entropy(logits.T, label)) / 2
+        loss = clip_loss(model.encode_text(tokens["input_ids"].to(device), normalize=True),
+                         model.encode_image(images, normalize=True), 1 / model.logit_scale.exp())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -866,8 +901,9 @@ def reward_pools(t, rows, bank, kinds):
             bank["ids"][rows][:, None] == bank["ids"][pool])
 
 def rl_step(batch, captioner, discriminator, clip, bank, hp):
-    """One step of the full method. -> loss, discriminator loss or None, info {name: float}.
+    """One step of the full method. -> loss, side loss or None, info {name: float}.
 
+    Side loss: of the networks that learn beside the captioner (discriminator, --train-clip).
     batch: rows (B,), pixels (B,3,h,w), captions (B GT str), t_gt (B,D). bank: see reward_pools.
     hp holds the flags of the group "the method".
     """
@@ -894,22 +930,27 @@ def rl_step(batch, captioner, discriminator, clip, bank, hp):
 
     # -- 3. EMBED what is new, in one batch; GT embeddings come from the cache ---------------------
     with stopwatch("scoring", seconds, i.device):
-        words = [caption for kind in tokens for caption in net.detokenize(tokens[kind])]
-        if words:
-            t |= zip(tokens, clip.encode_texts(words).split(len(i)))
+        said = {kind: net.detokenize(rows) for kind, rows in tokens.items()}
+        if hp.similarity == "dot" or hp.train_clip != "no":  # then the cache is of no use
+            said["gt"] = batch["captions"]
+        if said:
+            new = clip.encode_texts(sum(said.values(), []), unit=hp.similarity == "cosine")
+            t |= zip(said, new.split(len(i)))
+        unit = {kind: F.normalize(x, dim=-1) for kind, x in t.items()}  # "dot" keeps lengths in t
 
         # -- 4. REWARD each trajectory against the pools -------------------------------------------
-        kinds = [k for k, used in (("policy", True), ("greedy", hp.greedy_in_pool),
-                                   ("gt", hp.gt_in_pool or not hp.rl_weight)) if used and k in t]
+        pool = {"policy": True, "greedy": hp.greedy_in_pool,
+                "gt": hp.gt_in_pool or not hp.rl_weight}
+        kinds = [kind for kind, used in pool.items() if used and kind in t]
         texts, images, own_text, own_image = reward_pools(t, batch["rows"], bank, kinds)
         for kind in log_p:
             r_sim = hp.reward_scale * REWARDS[hp.reward](
                 t=t[kind], i=i, greedy=t.get("greedy", t["gt"]), texts=texts, images=images,
                 own_text=own_text[kind], own_image=own_image, tau=hp.tau)  # (B,)
-            r_regu = human_probability(discriminator, i, t[kind])  # (B,)
+            r_regu = human_probability(discriminator, i, unit[kind])  # (B,)
             r[kind] = regularised_reward(r_sim, r_regu, hp.alpha)
-            info |= {f"r_sim_{kind}": r_sim.mean().item(), f"r_{kind}": r[kind].mean().item(),
-                     f"log_p_{kind}": log_p[kind].mean().item()}
+            info |= {f"{name}_{kind}": x.mean().item() for name, x in (
+                ("r_sim", r_sim), ("r", r[kind]), ("log_p", log_p[kind]))}
     if hp.center_reward:
         # DEPARTS: mostly negative rewards push every caption down until grammar is gone. The mean
         # reward of the captioner's own captions is the zero; GT captions below it are skipped.
@@ -917,16 +958,19 @@ def rl_step(batch, captioner, discriminator, clip, bank, hp):
         r = {kind: x - zero for kind, x in r.items()} | {"gt": (r["gt"] - zero).clamp(min=0)}
 
     # -- 5. DISCRIMINATOR: learns on the same batch, GT = 1, policy = 0 ----------------------------
-    d_loss = None
-    if hp.rl_weight and hp.alpha < 1:
-        d_loss, info["d_accuracy"] = discriminator_loss(discriminator, i, t["gt"], t["policy"])
+    side = None
+    if hp.rl_weight and hp.alpha < 1 and hp.regulariser == "discriminator":
+        side, info["d_accuracy"] = discriminator_loss(discriminator, i, unit["gt"], unit["policy"])
+    if hp.train_clip != "no":  # paper: CLIP is frozen; whether it may learn along is left open
+        learned = clip.encode_texts(said[hp.train_clip], grad=True)
+        side = (side or 0.) + clip_loss(learned, i, hp.tau)
 
     # -- 6. LOSS: RL on the captioner's own caption + WTF on the GT caption ------------------------
     # DEPARTS: the WTF line of the released code repeats the RL term and never uses GT rewards.
     loss_wtf = policy_gradient_loss(log_p["gt"], r["gt"])
     loss_rl = policy_gradient_loss(log_p["policy"], r["policy"]) if hp.rl_weight else 0.
     loss = hp.rl_weight * loss_rl + hp.wtf_weight * loss_wtf
-    return loss, d_loss, info | {f"{kind}_seconds": s for kind, s in seconds.items()}
+    return loss, side, info | {f"{kind}_seconds": s for kind, s in seconds.items()}
 
 def tf_step(batch, captioner):
     """Plain teacher forcing: the same loss with reward 1. -> loss, None, info."""
@@ -1058,7 +1102,7 @@ def training_batches(items, captioner, text_emb, plan, hp):
 def run_stage(stage, step, batches, state, peaks, steps, validate, hp):
     """Run a stage up to `steps` from its checkpoint on. -> seconds by kind of work, steps it ran.
 
-    step(batch) -> loss, discriminator loss or None, info. batches(start) yields what it takes.
+    step(batch) -> loss, side loss or None, info. batches(start) yields what it takes.
     state: networks by name, and "<name>_optimizer" for each name in peaks = {name: learning rate}.
     validate() -> dict, at the end, in RL also every --eval-every steps. Only rank 0 writes.
     """
@@ -1450,10 +1494,10 @@ def train(hp):
     torch.manual_seed(hp.seed)
     captioner = (load_captioner(hp.captioner, hp.prompt) if hp.captioner else toy_captioner(
         [c for item in items["train"] for c in item["captions"]])).to(hp.device)
-    discriminator = Discriminator(clip.dim).to(hp.device)
+    discriminator = Discriminator(clip.dim, hp.regulariser == "discriminator").to(hp.device)
     net, critic = (model if rank_and_world()[1] == 1 else nn.parallel.DistributedDataParallel(model)
                    for model in (captioner, discriminator))
-    references = [len(item["captions"]) for item in items["train"]]
+    references, ids = zip(*((len(x["captions"]), x["image_id"]) for x in items["train"]))
 
     def validate():
         some, emb = items["val"][:hp.eval_images], embs["val"][:hp.eval_images]
@@ -1470,48 +1514,60 @@ def train(hp):
             hp)
 
     # Stage 1, teacher forcing: the generic captioner that RL starts from.
-    if hp.tf_steps and not (run / "captioner_tf").exists():
+    tf = begun(hp, "captioner_tf")
+    if hp.tf_steps and not tf.exists():
         stage("tf", lambda batch: tf_step(batch, net), {"captioner": captioner}, None,
               {"captioner": hp.tf_lr}, hp.tf_steps)
         if writer:
-            with new_folder(run / "captioner_tf") as fresh:
+            with new_folder(tf) as fresh:
                 captioner.save(fresh)
     elif hp.tf_steps:
-        captioner.load_state_dict(load_captioner(str(run / "captioner_tf")).state_dict())
+        captioner.load_state_dict(load_captioner(str(tf)).state_dict())
     before = generate_captions(captioner, items["test"], "captions after TF", hp)
 
     # Stage 2, the discriminator: GT against TF captions.
     torch.manual_seed(hp.seed)
     accuracy = pretrain_discriminator(discriminator, captioner, items, embs, clip, hp)
-    if writer:
+    if writer and accuracy is not None:
         print(f"discriminator: accuracy {accuracy:.3f} on held-out GT and TF captions")
 
     # Stage 3, RL. Eval mode throughout: one pass of the image encoder serves every purpose.
     bank = {"emb": torch.from_numpy(np.array(embs["train"])).to(hp.device),
-            "ids": torch.tensor([item["image_id"] for item in items["train"]], device=hp.device),
-            "near": mine_neighbours(embs["train"], [item["image_id"] for item in items["train"]],
-                                    hp.mined_images, hp.mined_skip).to(hp.device)}
-    peaks = {"captioner": hp.lr} | ({"discriminator": hp.disc_lr}
-                                    if hp.rl_weight and hp.alpha < 1 else {})
-    hp.tau = hp.tau or clip.tau
-    speed = stage("rl", lambda batch: rl_step(batch, net, critic, clip, bank, hp),
-                  {"captioner": captioner, "discriminator": discriminator}, embs["texts"], peaks,
-                  hp.steps)
+            "ids": torch.tensor(ids, device=hp.device),
+            "near": mine_neighbours(embs["train"], ids, hp.mined_images,
+                                    hp.mined_skip).to(hp.device)}
+    peaks, hp.tau = {"captioner": hp.lr}, hp.tau or clip.tau
+    if hp.rl_weight and hp.alpha < 1 and hp.regulariser == "discriminator":
+        peaks["discriminator"] = hp.disc_lr
+    parts = {"captioner": captioner, "discriminator": discriminator}
+    if hp.train_clip != "no":
+        parts["clip"], peaks["clip"] = clip.unfreeze_text(), hp.lr
+    speed = stage("rl", lambda batch: rl_step(batch, net, critic, clip, bank, hp), parts,
+                  embs["texts"], peaks, hp.steps)
     after = generate_captions(captioner, items["test"], "captions after RL", hp)
     if writer:
         save_results(run, captioner, discriminator)
+        if "clip" in parts:
+            torch.save(clip.model.state_dict(), run / "clip_learned.pt")
         print_speed(*speed, hp)
         report(run, items["test"], before, after, clip, embs["test"],
                {"discriminator_accuracy": accuracy})
 
+def begun(hp, part):
+    """Where `part` of a run lies, or is to be made: its folder, or --start's that has it already."""
+    own, other = Path(hp.run) / part, Path(hp.start) / part
+    return other if hp.start and other.exists() and not own.exists() else own
+
 def open_clip_of(hp, items):
     """The reward CLIP of --clip; the toy world's own is trained first, into the run's folder."""
-    if hp.clip:
-        return load_clip(hp.clip, hp.clip_pretrained, hp.device)
-    folder = Path(hp.run) / "clip"
-    if not folder.exists():
+    folder = begun(hp, "clip")
+    if not hp.clip and not folder.exists():
         train_toy_clip(items["train"], folder, hp.clip_steps, hp.seed, hp.device)
-    return load_clip(str(folder), None, hp.device)
+    clip = load_clip(hp.clip or str(folder), hp.clip_pretrained if hp.clip else None, hp.device)
+    learned = Path(hp.run) / "clip_learned.pt"
+    if learned.exists():  # --train-clip
+        clip.model.load_state_dict(torch.load(learned, weights_only=True))
+    return clip
 
 def embed_splits(hp, items, clip):
     """Embed every image and training caption. -> {"train", "val", "test": (n,D), "texts": (m,D)}.
@@ -1533,12 +1589,24 @@ def embed_splits(hp, items, clip):
 def pretrain_discriminator(discriminator, captioner, items, embs, clip, hp):
     """Teach the discriminator GT against TF captions. -> accuracy on validation images.
 
+    The grammar network: GT against GT with broken grammar. None where alpha = 1: nobody asks it.
     paper: it starts pre-trained; with what is not known.
     """
-    sets = {}
+    sets, path, rng = {}, begun(hp, f"{hp.regulariser}_tf.pt"), random.Random(hp.seed)
+    if hp.alpha == 1:
+        return None
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        discriminator.load_state_dict(saved["state"])
+        return saved["accuracy"]
+    vocabulary = sorted({word for item in items["train"] for c in item["captions"]
+                         for word in c.split()})
     for split in ("train", "val"):
         some = items[split][:hp.disc_images]
-        generated = generate_captions(captioner, some, f"TF captions, {split}", hp)
+        generated = (generate_captions(captioner, some, f"TF captions, {split}", hp)
+                     if hp.regulariser == "discriminator" else
+                     [break_grammar(rng.choice(item["captions"]), vocabulary, rng)
+                      for item in some])
         human = [item["captions"][k % len(item["captions"])] for k, item in enumerate(some)]
         i = torch.from_numpy(np.array(embs[split][:len(some)], np.float32)).to(hp.device)
         sets[split] = i, clip.encode_texts(human), clip.encode_texts(generated)
@@ -1550,7 +1618,11 @@ def pretrain_discriminator(discriminator, captioner, items, embs, clip, hp):
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        return discriminator_loss(discriminator, *sets["val"])[1]
+        accuracy = discriminator_loss(discriminator, *sets["val"])[1]
+    if rank_and_world()[0] == 0:
+        value = {"state": discriminator.state_dict(), "accuracy": accuracy}
+        write_atomically(path, lambda file: torch.save(value, file))
+    return accuracy
 
 def save_results(run, captioner, discriminator):
     """The final captioner as a folder of its own library, the discriminator as safetensors."""
@@ -1587,7 +1659,7 @@ def evaluate_run(hp):
     items = load_items(hp)
     clip = open_clip_of(hp, items)
     emb, _ = embed_images(clip, [item["file"] for item in items["test"]], hp.cache, 256, hp.workers)
-    start = str(run / "captioner_tf") if hp.tf_steps else hp.captioner
+    start = str(begun(hp, "captioner_tf")) if hp.tf_steps else hp.captioner
     before = load_captioner(start, hp.prompt).to(hp.device)
     old = json.loads((run / "metrics.json").read_text("utf-8"))
     report(run, items["test"], generate_captions(before, items["test"], "captions after TF", hp),
@@ -1638,6 +1710,7 @@ FLAGS = {"input and output": {
     "images": (str, "", "", "image folders, likewise; toy: where to draw the world"),
     "run": (str, "runs/toy", "runs/real", "folder of results"),
     "cache": (str, "data/cache", "data/cache", "folder of CLIP embeddings"),
+    "start": (str, "", "", "run whose CLIP, TF captioner and discriminator this run begins with"),
     "resume": (bool, False, False, "go on with --run, with its own flags, bit for bit"),
     "overwrite": (bool, False, False, "delete --run first"),
     "skip-bad-images": (bool, False, False, "go on without images that cannot be read"),
@@ -1653,6 +1726,12 @@ FLAGS = {"input and output": {
     "reward-scale": (POSITIVE, 1., 1., "factor of r_sim; paper: 1; [C] .5, it halves r_bi"),
     "alpha": (SHARE, .94, .94, "weight of r_sim, the rest is r_regu; paper: .94 [C]"),
     "tau": (POSITIVE, None, None, "temperature; paper: 1 / CLIP's logit scale, the default"),
+    "similarity": (["cosine", "dot"], "cosine", "cosine",
+                   "dot: texts keep the length CLIP gives them; paper: cosine"),
+    "regulariser": (["discriminator", "grammar"], "discriminator", "discriminator",
+                    "r_regu; grammar: Cho et al.'s fixed network; paper: discriminator"),
+    "train-clip": (["no", "gt", "policy"], "no", "no",
+                   "CLIP's text tower learns along, from these captions; paper: frozen"),
     "rl-weight": (WEIGHT, 1., 1., "of the captioner's own caption; 0: WTF alone; paper: 1"),
     # DEPARTS: WTF counts 4 times in the toy world; 1 has not been measured there yet.
     "wtf-weight": (WEIGHT, 4., 1., "of the GT caption; paper: 1"),
@@ -1778,6 +1857,10 @@ def check_run(hp):
         raise UserError(f"--batch-size {hp.batch_size}: not a multiple of {world} processes")
     if hp.batch_size == 1 and hp.reward != "similarity":
         raise UserError(f"--batch-size 1: the {hp.reward} reward needs other images' captions")
+    if hp.train_clip != "no" and (world > 1 or not hp.rl_weight):
+        raise UserError("--train-clip: for one process, with --rl-weight above 0")
+    if hp.start:
+        read_config(Path(hp.start))
     if not hp.rl_weight and not hp.wtf_weight:
         raise UserError("--rl-weight 0 --wtf-weight 0: nothing would be learned")
     if rank or hp.resume:
