@@ -524,7 +524,7 @@ def oracle_metrics(captions, scenes):
     """What only a known world can measure; captions[k] is about scenes[k].
 
     well_formed: share that parses. true: share of all stated facts that hold. facts: stated per
-    caption. oracle_r1: expected recall at 1 of the scene by how many stated facts hold in each.
+    caption. oracle_r1, r5, r10: expected recall of the scene by how many facts hold in each.
     A caption that does not parse states nothing.
     """
     parsed = [parse_caption(c) for c in captions]
@@ -536,7 +536,7 @@ def oracle_metrics(captions, scenes):
     found = expected_recall(torch.from_numpy(scores), torch.arange(len(captions)))
     return {"well_formed": 1 - parsed.count(None) / len(captions) if captions else 0.,
             "true": float(np.trace(scores) / max(stated, 1)), "facts": stated / len(captions),
-            "oracle_r1": found["r1"].mean().item()}
+            **{f"oracle_{k}": found[k].mean().item() for k in ("r1", "r5", "r10")}}
 
 def write_world(folder, seed, detail, counts=(8000, 500, 500)):
     """Draw the world: folder/images and COCO caption files with 5 references an image.
@@ -931,7 +931,7 @@ def rl_step(batch, captioner, discriminator, clip, bank, hp):
     # -- 3. EMBED what is new, in one batch; GT embeddings come from the cache ---------------------
     with stopwatch("scoring", seconds, i.device):
         said = {kind: net.detokenize(rows) for kind, rows in tokens.items()}
-        if hp.similarity == "dot" or hp.train_clip != "no":  # then the cache is of no use
+        if hp.similarity == "dot" or hp.train_clip != "no":  # the cache does not fit then
             said["gt"] = batch["captions"]
         if said:
             new = clip.encode_texts(sum(said.values(), []), unit=hp.similarity == "cosine")
@@ -939,8 +939,7 @@ def rl_step(batch, captioner, discriminator, clip, bank, hp):
         unit = {kind: F.normalize(x, dim=-1) for kind, x in t.items()}  # "dot" keeps lengths in t
 
         # -- 4. REWARD each trajectory against the pools -------------------------------------------
-        pool = {"policy": True, "greedy": hp.greedy_in_pool,
-                "gt": hp.gt_in_pool or not hp.rl_weight}
+        pool = {"policy": 1, "greedy": hp.greedy_in_pool, "gt": hp.gt_in_pool or not hp.rl_weight}
         kinds = [kind for kind, used in pool.items() if used and kind in t]
         texts, images, own_text, own_image = reward_pools(t, batch["rows"], bank, kinds)
         for kind in log_p:
@@ -1528,8 +1527,6 @@ def train(hp):
     # Stage 2, the discriminator: GT against TF captions.
     torch.manual_seed(hp.seed)
     accuracy = pretrain_discriminator(discriminator, captioner, items, embs, clip, hp)
-    if writer and accuracy is not None:
-        print(f"discriminator: accuracy {accuracy:.3f} on held-out GT and TF captions")
 
     # Stage 3, RL. Eval mode throughout: one pass of the image encoder serves every purpose.
     bank = {"emb": torch.from_numpy(np.array(embs["train"])).to(hp.device),
@@ -1551,10 +1548,11 @@ def train(hp):
             torch.save(clip.model.state_dict(), run / "clip_learned.pt")
         print_speed(*speed, hp)
         report(run, items["test"], before, after, clip, embs["test"],
-               {"discriminator_accuracy": accuracy})
+               {"discriminator_accuracy": accuracy,
+                "seconds_per_step": sum(speed[0].values()) / max(1, speed[1])})
 
 def begun(hp, part):
-    """Where `part` of a run lies, or is to be made: its folder, or --start's that has it already."""
+    """Where `part` of a run lies, or is to be made: its own folder, or --start's if that has it."""
     own, other = Path(hp.run) / part, Path(hp.start) / part
     return other if hp.start and other.exists() and not own.exists() else own
 
@@ -1620,6 +1618,7 @@ def pretrain_discriminator(discriminator, captioner, items, embs, clip, hp):
     with torch.no_grad():
         accuracy = discriminator_loss(discriminator, *sets["val"])[1]
     if rank_and_world()[0] == 0:
+        print(f"{hp.regulariser}: accuracy {accuracy:.3f} on held-out GT and its negatives")
         value = {"state": discriminator.state_dict(), "accuracy": accuracy}
         write_atomically(path, lambda file: torch.save(value, file))
     return accuracy
@@ -1664,7 +1663,7 @@ def evaluate_run(hp):
     old = json.loads((run / "metrics.json").read_text("utf-8"))
     report(run, items["test"], generate_captions(before, items["test"], "captions after TF", hp),
            generate_captions(captioner, items["test"], "captions after RL", hp), clip, emb,
-           {"discriminator_accuracy": old["discriminator_accuracy"]})
+           {name: old[name] for name in ("discriminator_accuracy", "seconds_per_step")})
 
 def caption_files(hp):
     """`distcap.py caption`: print a caption for each image file."""
@@ -1681,7 +1680,163 @@ def caption_files(hp):
 
 
 # ==================================================================================================
-# 12. Command line
+# 12. The study: the paper's claims as rows of flags
+# ==================================================================================================
+# A row is `distcap.py train` with the flags beside it, in a run folder of its own: a killed study
+# goes on where it stopped. All rows share a world, a reward CLIP and a held-out CLIP; the rows of a
+# seed share their TF captioner and discriminator: those of row 9, which therefore runs first.
+
+ALONE = "--wtf-weight 0 --alpha 1 --no-gt-in-pool"  # RL without GT captions anywhere
+ABLATION = {
+    "9 full method": "", "2 WTF alone": "--rl-weight 0",
+    "3 RL, similarity": f"{ALONE} --reward similarity",
+    "4 RL, unidirectional": f"{ALONE} --reward unidirectional", "5 RL, bidirectional": ALONE,
+    "6 = 5, GT in the pool": "--wtf-weight 0 --alpha 1", "7 = 6, WTF": "--alpha 1",
+    "8 = 6, discriminator": "--wtf-weight 0", "10 = 9, sampled": "--decode sample",
+    "11 = 9, grammar network": "--regulariser grammar"}
+# The rows below run for the first seed alone. What goes wrong without the paper's care:
+FAILURES = {
+    "F1 reward hacking": f"{ALONE} --reward similarity --lr 3e-3",
+    "F2 divergence": f"{ALONE} --no-center-reward --mined-images 20 --mined-skip 0",
+    "F3 collapse": f"{ALONE} --no-center-reward --reward unidirectional --lr 3e-3"}
+QUESTIONS = {
+    "Q1a CLIP learns from GT": "--train-clip gt", "Q1b CLIP learns from RL": "--train-clip policy",
+    "Q2 dot product": "--similarity dot", "Q3a generic GT": "--gt-detail generic",
+    "Q3b full GT": "--gt-detail full", "Q4a tau .1": "--tau .1", "Q4b tau .004": "--tau .004",
+    "Q5a alpha .5": "--alpha .5", "Q5b alpha .99": "--alpha .99", "Q7a batch 16": "--batch-size 16",
+    "Q7b no mined images": "--mined-images 0", "Q6 10 times the steps": "--steps 400"}
+# Variance of the gradient on weights that stand still. The mean gradient over K batches has the
+# expected squared norm S + V / K, S that of the expected gradient, V the variance: two K give both.
+STILL = "--wtf-weight 0 --alpha 1 --no-center-reward --lr 1e-12 --eval-images 9"
+VARIANCE = {f"V{k}{pool} gradient": f"{STILL} --steps {64 // k} --grad-accum {k} --{pool}gt-in-pool"
+            for pool in ("", "no-") for k in (1, 8)}
+COLUMNS = [*(f"{clip}{way}_r{k}" for clip in ("", "heldout/") for way in ("t2i", "i2t")
+             for k in (1, 5, 10)), "oracle_r1", "oracle_r5", "oracle_r10", "bleu4", "rouge_l",
+           "cider", "meteor", "self_bleu", "vocabulary", "well_formed", "true", "facts",
+           "seconds_per_step"]
+
+def study(hp):
+    """`distcap.py study`: train each row that is missing, then write study.json, .md and .png."""
+    folder, rows, every = Path(hp.run), {}, ABLATION | FAILURES | QUESTIONS | VARIANCE
+    common = ["--steps", 40, "--eval-every", 10, "--eval-images", 200, *hp.flags.split(),
+              "--clip", folder / "clip", "--eval-clip", folder / "heldout"]
+    jobs = [(seed, label) for seed in range(hp.seeds) for label in ABLATION]
+    jobs += [(0, label) for label in every if label not in ABLATION]
+    base = parse_flags(["train", *map(str, common)])  # a wrong --flags shows here
+    setup_machine(base)
+    base.images = str(folder / "world")
+    for name, seed in (("clip", 0), ("heldout", 1000)):
+        if not (folder / name).exists():
+            train_toy_clip(load_items(base)["train"], folder / name, base.clip_steps, seed,
+                           base.device)
+    for seed, label in tqdm(jobs, "study"):
+        run, first = folder / f"{label.split()[0]}-{seed}", folder / f"9-{seed}"
+        own_world = "--gt-detail" in every[label]
+        argv = ["train", *common, *every[label].split(), "--run", run, "--seed", seed,
+                *([] if own_world else ["--images", folder / "world"]),
+                *([] if own_world or run == first else ["--start", first])]
+        if (run / "config.json").exists():
+            argv = ["train", "--run", run, "--resume"]
+        if not (run / "metrics.json").exists():
+            with (open(folder / f"{run.name}.log", "a", encoding="utf-8") as log,
+                  contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
+                code = main([str(word) for word in argv])
+            if code == 130:
+                raise KeyboardInterrupt
+            if code:
+                raise UserError(f"study: row {label!r} failed; see {log.name}")
+        metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+        rows.setdefault(label, []).append(metrics)
+        if run == first:
+            rows.setdefault("1 TF", []).append(metrics["rows"]["after TF"])
+    rows = {label: rows[label] for label in sorted(rows, key=lambda x: (
+        not x[0].isdigit(), int(re.match(r"\d*", x)[0] or 0)))}  # 1 to 11, then F, Q, V
+    write_study(folder, rows, {"1 TF": "--rl-weight 0"} | every)
+
+def gradient_variance(folder, pool):
+    """V and S (see STILL) from the logs of two runs. pool: "" or "no-". -> two floats."""
+    one, mean = (np.mean([json.loads(line)["grad_captioner"] ** 2 for line in (
+        folder / f"V{k}{pool}-0/log.jsonl").read_text("utf-8").splitlines()]) for k in (1, 8))
+    return (one - mean) * 8 / 7, (8 * mean - one) / 7
+
+def study_claims(folder, row, accuracy):
+    """-> list of (claim, what was measured, whether it holds). row(number, column) -> mean."""
+    recalls = [c for c in COLUMNS[:6]]
+    language = ["bleu4", "rouge_l", "cider", "meteor", "well_formed", "true"]
+    def change(a, b, names):  # "bleu4 .300 -> .310, ..." and whether each grew or stayed
+        return (", ".join(f"{n} {row(a, n):.3f} -> {row(b, n):.3f}" for n in names),
+                all(row(b, n) >= row(a, n) for n in names))
+    gap, gap_uni = (abs(row(k, "t2i_r1") - row(k, "i2t_r1")) for k in (5, 4))
+    worse, worse_uni = (min(row(k, "t2i_r1"), row(k, "i2t_r1")) for k in (5, 4))
+    (v, s), (v_no, s_no) = (gradient_variance(folder, pool) for pool in ("", "no-"))
+    return [("The discriminator is right on more than 90 % of held-out captions",
+             f"{accuracy:.3f}", accuracy > .9),
+            ("WTF alone beats TF on all six recalls", *change(1, 2, recalls)),
+            ("WTF alone loses no writing metric against TF", *change(1, 2, language)),
+            ("The bidirectional reward is better balanced: |t2i - i2t| of R@1",
+             f"uni {gap_uni:.3f}, bi {gap:.3f}", gap < gap_uni),
+            ("The bidirectional reward has the better worse direction of R@1",
+             f"uni {worse_uni:.3f}, bi {worse:.3f}", worse > worse_uni),
+            ("The discriminator beats the grammar network",
+             *change(11, 9, ["t2i_r1", "i2t_r1", "cider", "bleu4"])),
+            ("GT captions in the pool reduce the gradient's variance",
+             f"without {v_no:.3g}, with {v:.3g}; over the squared norm of the mean gradient "
+             f"{v_no / s_no:.3g}, {v / s:.3g}", v < v_no)]
+
+def write_study(folder, rows, flags):
+    """study.json (each row's metrics), study.md (table, claims, failures) and study.png."""
+    def cell(values):
+        known = [v for v in values if v is not None]
+        spread = f" ± {np.std(known):.3f}" if len(known) > 1 else ""
+        return f"{np.mean(known):.3f}{spread}" if known else "-"
+    table = {label: {c: [m.get(c) for m in runs] for c in COLUMNS} for label, runs in rows.items()}
+    number = {label.split()[0]: label for label in rows}
+    claims = study_claims(
+        folder, lambda k, column: np.mean([x for x in table[number[str(k)]][column]]),
+        np.mean([m["discriminator_accuracy"] for m in rows[number["9"]]]))
+    lines = ["| row | flags | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    lines += [f"| {label} | `{flags[label]}` | " + " | ".join(map(cell, table[label].values()))
+              + " |" for label in rows if label[0] != "V"]
+    lines += ["", "| claim | measured | holds here |", "|---|---|---|"]
+    lines += [f"| {c} | {m} | {'yes' if holds else 'NO'} |" for c, m, holds in claims] + [""]
+    for label in FAILURES:
+        said = json.loads((folder / f"{label.split()[0]}-0/captions.json").read_text("utf-8"))
+        lines += [f"{label}, `{flags[label]}`:", *(f"* {x['caption']}" for x in said[::50][:3]), ""]
+    write_json(folder / "study.json", {"rows": table,
+                                       "claims": [list(map(str, claim)) for claim in claims]})
+    text = "\n".join(lines)
+    write_atomically(folder / "study.md", lambda file: file.write(text.encode("utf-8")))
+    draw_study(folder, table)
+    print(text)
+
+def draw_study(folder, table):
+    """study.png: R@1 of each ablation row under three retrievers; curves of the failures."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, (left, *right) = plt.subplots(1, 3, figsize=(16, 6), layout="constrained")
+    labels = [label for label in table if label[0].isdigit()]
+    for k, name in enumerate(("t2i_r1", "heldout/t2i_r1", "oracle_r1", "well_formed")):
+        values = [[x for x in table[label][name] if x is not None] or [0] for label in labels]
+        left.barh(np.arange(len(labels)) + .2 * k, [np.mean(v) for v in values], .2,
+                  xerr=[np.std(v) for v in values], label=name)
+    left.set_yticks(np.arange(len(labels)) + .3, labels)
+    left.invert_yaxis()
+    left.legend(loc="lower right")
+    for axes, name in zip(right, ("t2i_r1", "well_formed")):
+        for label in [*FAILURES, "5 RL, bidirectional", "9 full method"]:
+            log = (folder / f"{label.split()[0]}-0/log.jsonl").read_text("utf-8").splitlines()
+            points = [(e["step"] * (e["stage"] == "rl"), e["val"][name])
+                      for e in map(json.loads, log) if "val" in e]
+            axes.plot(*zip(*points), marker="o", label=label)
+        axes.set(title=f"{name}, validation", xlabel="RL step")
+        axes.legend()
+    figure.savefig(folder / "study.png", dpi=80)
+    plt.close(figure)
+
+
+# ==================================================================================================
+# 13. Command line
 # ==================================================================================================
 
 def number(kind, low, high=math.inf, above=False):
@@ -1793,11 +1948,16 @@ def build_parser(real=False, defaults=True):
             if defaults:
                 how["default"] = other if real else toy
             group.add_argument(f"--{name}", help=text, **how)
-    for name, text in (("eval", "evaluate a run again"), ("caption", "caption image files")):
+    for name, text in (("eval", "evaluate a run again"), ("caption", "caption image files"),
+                       ("study", "the paper's claims, as rows of flags, on the toy world")):
         command = commands.add_parser(name, help=text)
         if name == "caption":
             command.add_argument("image", nargs="+", help="image files")
-        command.add_argument("--run", default="latest", help="folder of a run [the newest]")
+        if name == "study":
+            command.add_argument("--seeds", type=COUNT, default=3, help="of the ablation [3]")
+            command.add_argument("--flags", default="", help="more flags for every row, in quotes")
+        command.add_argument("--run", default="runs/study" if name == "study" else "latest",
+                             help="folder of a run [the newest; study: runs/study]")
         command.add_argument("--device", default="", help="cpu, cuda, mps")
     return parser
 
@@ -1909,7 +2069,8 @@ def main(argv=None):
         if hp.command is None:
             build_parser().print_help()
         else:
-            {"train": train, "eval": evaluate_run, "caption": caption_files}[hp.command](hp)
+            {"train": train, "eval": evaluate_run, "caption": caption_files,
+             "study": study}[hp.command](hp)
         return 0
     except UserError as error:
         print(f"distcap: error: {error}", file=sys.stderr)

@@ -165,6 +165,38 @@ def test_discriminator_has_the_papers_shape_and_learns():
     assert m.human_probability(d, i, fake).max() < .5
 
 
+def test_broken_grammar_is_one_word_away():
+    rng, caption, words = random.Random(0), "a red circle above a blue cross", ["pink", "under"]
+    kinds = Counter()
+    for _ in range(400):
+        got, old = m.break_grammar(caption, words, rng).split(), caption.split()
+        more, less = Counter(got) - Counter(old), Counter(old) - Counter(got)
+        if len(got) == 8 and not less:
+            assert [got[:k] + got[k + 1:] for k in range(8) if got[:k] + got[k + 1:] == old]
+            kinds["insert" if list(more)[0] in words else "repeat"] += 1
+        elif len(got) == 6:
+            assert [old[:k] + old[k + 1:] for k in range(7) if old[:k] + old[k + 1:] == got]
+            kinds["remove"] += 1
+        else:
+            assert not more and not less and sum(a != b for a, b in zip(got, old)) in (0, 2)
+            kinds["swap"] += 1
+    assert min(kinds.values()) > 60 and len(kinds) == 4
+
+
+def test_the_grammar_network_sees_the_caption_alone():
+    d, t = m.Discriminator(8, sees_image=False), torch.randn(5, 8)
+    assert torch.equal(d(torch.randn(5, 8), t), d(torch.zeros(5, 8), t))
+    assert m.Discriminator(8).net[0].in_features == 2 * d.net[0].in_features == 16
+
+
+def test_clip_loss_against_loops():
+    t, i, tau = unit(4, 6), unit(4, 6, seed=1), .3
+    def half(a, b):
+        return sum(-math.log(math.exp(float(a[k] @ b[k]) / tau) / sum(
+            math.exp(float(a[k] @ b[j]) / tau) for j in range(4))) for k in range(4)) / 4
+    assert m.clip_loss(t, i, tau).item() == pytest.approx((half(t, i) + half(i, t)) / 2)
+
+
 # -- The toy world ---------------------------------------------------------------------------------
 
 
@@ -199,7 +231,8 @@ def test_facts_by_hand():
     for broken in ("a red red circle", "a circle red", "two shapes on", "a red circle above", ""):
         assert m.parse_caption(broken) is None
     metrics = m.oracle_metrics(["a red circle above a blue cross", "word salad"], [scene, scene])
-    assert metrics == {"well_formed": .5, "true": 1., "facts": 2.5, "oracle_r1": .5}
+    assert metrics == {"well_formed": .5, "true": 1., "facts": 2.5, "oracle_r1": .5,
+                       "oracle_r5": 1., "oracle_r10": 1.}
 
 
 def test_drawing_shows_the_facts():
@@ -705,6 +738,72 @@ def test_resume_after_kill_equals_an_uninterrupted_run(workplace, stage, lines):
         assert a == b
 
 
+def test_start_takes_over_what_another_run_began(workplace):
+    """No TF, no CLIP of its own; the grammar network is trained, as run a has none."""
+    done = command("train", *SMALL[:-2], "--warmup", 1, "--steps", 2, "--start", "runs/a",
+                   "--regulariser", "grammar", "--run", "runs/started", cwd=workplace)
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = workplace / "runs/started"
+    assert not (run / "clip").exists() and not (run / "captioner_tf").exists()
+    assert (run / "grammar_tf.pt").exists() and not (run / "discriminator_tf.pt").exists()
+    one, two = (json.loads((workplace / f"runs/{x}/metrics.json").read_text())["rows"]["after TF"]
+                for x in ("a", "started"))
+    assert one == two
+    assert load_file(run / "discriminator.safetensors")["net.0.weight"].shape == (512, 128)
+
+
+# -- The study -------------------------------------------------------------------------------------
+
+
+def test_gradient_variance_is_that_within_the_groups(tmp_path):
+    g = np.random.default_rng(0).normal(1, 3, (64, 5))
+    groups = g.reshape(8, 8, 5)
+    for k, rows in ((1, g), (8, groups.mean(1))):
+        (tmp_path / f"V{k}no--0").mkdir()
+        (tmp_path / f"V{k}no--0/log.jsonl").write_text("".join(
+            json.dumps({"grad_captioner": float(np.linalg.norm(x))}) + "\n" for x in rows))
+    v, s = m.gradient_variance(tmp_path, "no-")
+    assert v == pytest.approx(groups.var(axis=1, ddof=1).sum(-1).mean())
+    assert s + v / 8 == pytest.approx((groups.mean(1) ** 2).sum(-1).mean())
+
+
+def test_the_study_adds_up_runs(tmp_path, capsys):
+    """Finished runs with made-up metrics: means, spreads, claims and pictures follow from them."""
+    for folder in ("clip", "heldout", "world"):
+        (tmp_path / folder).mkdir()
+    rng = random.Random(0)
+    for label in [*m.ABLATION, *m.FAILURES, *m.QUESTIONS, *m.VARIANCE]:
+        for seed in range(2 if label in m.ABLATION else 1):
+            run = tmp_path / f"{label.split()[0]}-{seed}"
+            run.mkdir()
+            metrics = {c: rng.random() for c in m.COLUMNS} | {"t2i_r1": .5 + seed / 10}
+            metrics["discriminator_accuracy"] = .8 + .05 * seed
+            tf = {c: metrics[c] - .1 for c in m.COLUMNS}
+            m.write_json(run / "metrics.json", metrics | {"rows": {"after TF": tf}})
+            m.write_json(run / "captions.json", [{"image_id": k, "caption": run.name}
+                                                 for k in range(120)])
+            gradient = 3 if "no-" in run.name else 2
+            (run / "log.jsonl").write_text(json.dumps(
+                {"stage": "rl", "step": 3, "val": metrics, "grad_captioner":
+                 gradient if run.name.startswith("V1") else 1}) + "\n")
+    assert m.main(["study", "--run", str(tmp_path), "--seeds", "2"]) == 0
+    text = (tmp_path / "study.md").read_text()
+    line = [x for x in text.splitlines() if x.startswith("| 2 WTF alone")][0]
+    assert "| `--rl-weight 0` | 0.550 ± 0.050 |" in line
+    assert "| 1 TF |" in text and "| 0.450 ± 0.050 |" in text
+    claims = json.loads((tmp_path / "study.json").read_text())["claims"]
+    assert claims[0] == [claims[0][0], "0.825", "False"]
+    assert claims[-1][1].startswith("without 9.14, with 3.43") and claims[-1][2] == "True"
+    assert "* F1-0" in text and Image.open(tmp_path / "study.png").size[0] > 1000
+
+
+def test_a_row_of_the_study_that_fails_is_named(tmp_path, capsys, monkeypatch):
+    for folder in ("clip", "heldout"):
+        (tmp_path / folder).mkdir()
+    assert m.main(["study", "--run", str(tmp_path), "--flags", "--bogus 1"]) == 2
+    assert "--bogus" in capsys.readouterr().err and not (tmp_path / "9-0").exists()
+
+
 # -- The step --------------------------------------------------------------------------------------
 
 
@@ -794,6 +893,33 @@ def test_ground_truth_counts_three_times(step_case):
     loss, d_loss, info = m.rl_step(batch(range(8)), captioner, discriminator, clip, bank,
                                    flags(hp, alpha=1.))
     assert d_loss is None
+
+
+def test_dot_product_keeps_the_length_of_texts(step_case):
+    """The reward takes lengths in units of their mean; the discriminator still sees directions."""
+    batch, captioner, discriminator, clip, bank, hp = step_case
+    lengths = clip.model.encode_text(clip.tokenizer(batch(range(8))["captions"])).norm(dim=1)
+    got = clip.encode_texts(batch(range(8))["captions"], unit=False).norm(dim=1)
+    assert torch.allclose(got, lengths / lengths.mean(), atol=1e-5) and got.std() > 1e-3
+    info = [m.rl_step(batch(range(8)), captioner, discriminator, clip, bank,
+                      flags(hp, similarity=kind, alpha=alpha, center_reward=False))[2]
+            for kind in ("cosine", "dot") for alpha in (0., 1.)]
+    assert info[0]["r_policy"] == pytest.approx(info[2]["r_policy"], abs=1e-6)
+    assert abs(info[1]["r_policy"] - info[3]["r_policy"]) > 1e-4
+
+
+@pytest.mark.parametrize("source", ["gt", "policy"])
+def test_clip_may_learn_along_with_its_text_tower(step_case, source):
+    batch, captioner, discriminator, clip, bank, hp = step_case
+    model = clip.unfreeze_text()
+    loss, side, _ = m.rl_step(batch(range(8)), captioner, discriminator, clip, bank,
+                              flags(hp, train_clip=source, alpha=1.))
+    side.backward()
+    learning = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    model.zero_grad()
+    model.requires_grad_(False)
+    assert {"text_projection", "token_embedding.weight"} <= learning
+    assert not [name for name in learning if name.startswith("visual")] and not loss.grad
 
 
 def test_log_p_is_what_generation_assigned(step_case):
