@@ -1141,14 +1141,11 @@ def retrieval(t, i, block=1024):
         each.update({f"{way}_{k}": torch.cat([p[k] for p in parts]) for k in parts[0]})
     return {k: v.mean().item() for k, v in each.items() if not k.endswith("rank")}, each
 
-def clip_score(t, i):
-    """CLIPScore per pair, 2.5 max(cos, 0) (Hessel et al. 2021): unit-norm (N, D) twice -> (N,)."""
-    return 2.5 * (t * i).sum(-1).clamp(min=0)
-
 def clip_metrics(captions, items, clip, emb, language, hp):
     """Retrieval, CLIPScore and, with language, RefCLIPScore by one CLIP. -> means, {name: (n,)}.
 
-    hp.clip_score_prefix: the two scores as published, "A photo depicts " first, full stops kept.
+    Hessel et al. 2021. hp.clip_score_prefix: "A photo depicts " first and full stops kept, as
+    published; else (and with hp None) the text of reward and retrieval.
     """
     t, i = clip.encode_texts(captions), torch.from_numpy(np.array(emb, np.float32)).to(clip.device)
     (metrics, each), start = retrieval(t, i), ""
@@ -1156,12 +1153,13 @@ def clip_metrics(captions, items, clip, emb, language, hp):
         clip, start = copy.copy(clip), "A photo depicts "
         clip.unsaid = ""
         t = clip.encode_texts([start + c for c in captions])
-    each["clip_score"] = score = clip_score(t, i).cpu()
+    # CLIPScore = 2.5 max(0, t.i)
+    # RefCLIPScore = harmonic mean of CLIPScore and max(0, cosine with the nearest reference)
+    each["clip_score"] = score = 2.5 * (t * i).sum(-1).clamp(min=0).cpu()  # (n,)
     if language:
         r = embed_texts(clip, [start + c for x in items for c in x["captions"]], hp.cache, 512)
         r = torch.from_numpy(np.array(r, np.float32)).to(t.device)
         r = r.split([len(x["captions"]) for x in items])
-        # RefCLIPScore = harmonic mean of CLIPScore and max(0, cosine with the nearest reference)
         near = torch.stack([(rows @ x).amax() for x, rows in zip(t, r)]).clamp(min=0).cpu()
         each["ref_clip_score"] = 2 * score * near / (score + near).clamp(min=1e-9)
     return metrics | {k: v.mean().item() for k, v in each.items() if "clip" in k}, each
@@ -1449,7 +1447,7 @@ def report(run, items, before, after, clip, emb, extra, hp):
             rows[label], *_ = evaluate(captions, items, clip, emb, False, hp, others)
     print_table(rows, notes)
     order = (ranks[1] - ranks[0]).argsort(stable=True).tolist()  # biggest gain first
-    shown = [(items[k], f"rank {ranks[0][k]:g} -> {ranks[1][k]:g}", before[k], after[k]) for k in (
+    shown = [(items[k], f"rank {ranks[0][k]:g} to {ranks[1][k]:g}", before[k], after[k]) for k in (
         order[:3] + order[3:][-3:] if hp.command == "eval" else range(len(items))[:30:5])]
     for item, rank, tf, rl in shown:  # of train: other groups in the toy world, other twins
         print(f"\n{item['file']}: {rank}", f"  TF     {tf}", f"  RL     {rl}",
@@ -1516,8 +1514,6 @@ def train(hp):
         raise UserError(f"--batch-size {hp.batch_size}: only {len(items['train'])} training images")
     clip = in_turn(lambda: open_clip_of(hp, items))
     embs = in_turn(lambda: embed_splits(hp, items, clip))
-    if writer:
-        eval_clips(hp, items["test"])  # fails now or never; its embeddings are cached
     torch.manual_seed(hp.seed)
     captioner = (load_captioner(hp.captioner, hp.prompt) if hp.captioner else toy_captioner(
         [c for item in items["train"] for c in item["captions"]])).to(hp.device)
@@ -1525,6 +1521,8 @@ def train(hp):
     net, critic = (model if rank_and_world()[1] == 1 else nn.parallel.DistributedDataParallel(model)
                    for model in (captioner, discriminator))
     references = [len(item["captions"]) for item in items["train"]]
+    if writer:
+        eval_clips(hp, items["test"])  # fails now or never; its embeddings are cached
 
     def validate():
         some, emb = items["val"][:hp.eval_images], embs["val"][:hp.eval_images]
@@ -1678,7 +1676,7 @@ def evaluate_run(hp):
     extra = {"discriminator_accuracy": old["discriminator_accuracy"]}
     if hp.discriminator:
         words = {word for item in items["train"] for c in item["captions"] for word in c.split()}
-        extra |= robustness(run, test[:200], sorted(words), clip, emb[:200])
+        extra |= robustness(run, test[:200], sorted(words), clip, emb[:200])[0]
     report(run, test, generate_captions(before, test, "captions after TF", hp),
            generate_captions(captioner, test, "captions after RL", hp), clip, emb, extra, hp)
 
@@ -1693,17 +1691,16 @@ def load_predictions(path, items, allow_missing):
     odd = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
     text = {k: " ".join(odd.sub(" ", str(c)).split()) for k, c in pairs}
     known = {item["image_id"]: 0 for item in items}  # in the items' order
-    for fatal, what, bad in (
-            (True, "unknown images (another --split?)", [k for k in count if k not in known]),
-            (True, "images with more than one caption", [k for k in count if count[k] > 1]),
-            (True, "captions that are no text", [k for k, c in pairs if not isinstance(c, str)]),
-            (not allow_missing or not text, "images without a caption (--allow-missing scores the "
-             "rest)", [k for k in known if k not in count]),
-            (False, "control characters, now spaces", [k for k, c in pairs if odd.search(str(c))]),
-            (False, "captions above 200 words: METEOR may fail, BLEU suffers",
-             [k for k in text if text[k].count(" ") >= 200])):
+    found = {"unknown images (another --split?)": [k for k in count if k not in known],
+             "images with more than one caption": [k for k in count if count[k] > 1],
+             "captions that are no text": [k for k, c in pairs if not isinstance(c, str)],
+             "images without a caption (--allow-missing scores the rest)": [
+                 k for k in known if k not in count],
+             "with control characters, now spaces": [k for k, c in pairs if odd.search(str(c))],
+             "of above 200 words: METEOR may fail": [k for k in text if len(text[k].split()) > 200]}
+    for n, (what, bad) in enumerate(found.items()):
         line = f"{path}: {len(bad)} {what}: {', '.join(map(repr, bad[:3]))}"
-        if bad and fatal:
+        if bad and (n < 3 or n == 3 and not (allow_missing and text)):
             raise UserError(line)
         if bad:
             print(f"warning: {line}")
@@ -1717,40 +1714,46 @@ def evaluate_predictions(hp):
     """
     if hp.discriminator or hp.run != "latest" or len(hp.predictions) > 2:
         raise UserError("--predictions: one or two files, without --run and --discriminator")
-    vars(hp).update(vars(build_parser(vars(hp).get("data", "toy") != "toy").parse_args(["train"]))
-                    | vars(hp))
+    real = vars(hp).get("data", "toy") != "toy"
+    vars(hp).update(vars(build_parser(real).parse_args(["train"])) | vars(hp))
     setup_machine(hp)
-    blind, rows, each, change = hp.data != "toy" and not hp.images, {}, {}, {}
+    blind, rows, each, change = real and not hp.images, {}, {}, {}
     if not blind and not hp.clip:
         raise UserError("--clip: name the CLIP that judges; that of a toy run is runs/toy/clip")
-    hp.images = "." if blind else hp.images
-    items = load_items(hp, need=()).get(hp.split, [])
+    splits = load_items(hp) if hp.data != "coco" or not hp.annotations else load_coco(
+        hp.annotations.split(","), hp.images.split(","), need=())  # one file is enough here
+    items = splits.get(hp.split, [])
     files = {path: load_predictions(path, items, hp.allow_missing) for path in hp.predictions}
-    test = {"scored": [x for x in items if all(x["image_id"] in file for file in files.values())]}
+    test = {"test": [x for x in items if all(x["image_id"] in file for file in files.values())]}
     clip = None if blind else load_clip(hp.clip, hp.clip_pretrained, hp.device)
-    emb = None if blind else embed_splits(hp, test, clip)["scored"]
-    test = test["scored"]
-    print(f"{len(test)} of {len(items)} images" + (
-        ": too few, CIDEr is 0 (idf = log 1), recalls mean nothing" if len(test) < 2 else ""))
+    emb = None if blind else embed_splits(hp, test, clip)["test"]
+    test, few = test["test"], ": one alone makes CIDEr 0 (idf = log 1) and recalls 1"
+    print(f"{len(test)} of {len(items)} images are scored{few if len(test) == 1 else ''}")
     others = {} if blind else eval_clips(hp, test)
-    for path, captions in files.items():
-        rows[path], notes, each[path] = evaluate([captions[x["image_id"]] for x in test], test,
+    for path, text in files.items():
+        rows[path], notes, each[path] = evaluate([text[item["image_id"]] for item in test], test,
                                                  clip, emb, True, hp, others)
         rows[path] |= bootstrap(each[path], hp.seed) | {"images": len(test)}
     if len(files) > 1:
         a, b = each.values()
-        change = {"B - A": bootstrap({name: b[name] - a[name] for name in a}, hp.seed)}
+        change["B - A"] = bootstrap({name: b[name] - a[name] for name in a}, hp.seed)
     print_table(rows | change, notes)
     rows[path] |= {f"difference/{name}": x for row in change.values() for name, x in row.items()}
     for path, metrics in rows.items():
-        write_json(Path(path).with_suffix(".metrics.json"), {**metrics, "notes": notes})
+        write_json(Path(path).with_suffix(".metrics.json"), metrics | {"notes": notes})
 
-def adversarial_captions(items, clip, i, words, seed=0, rounds=5, tries=40):
-    """Bad captions from each item's first GT caption. -> {attack: [caption an item]}, GT first.
+def robustness(run, items, words, clip, emb, seed=0, rounds=5, tries=20):
+    """`eval --discriminator`: adversarial captions from GT, judged by the run's discriminator and
+    by CLIP. -> flat metrics, {attack: [caption an item]}.
 
-    i (n,D): images. climb, the reward hacking that RL would find: `rounds` times the best by CLIP's
-    cosine of the caption so far and `tries` random insertions of one of `words`.
+    detected: share called generated ("gt": false alarms). fooled: cosine at least the GT caption's.
+    climb, the reward hacking that RL would find: `rounds` times, of `tries` insertions of a random
+    one of `words`, the one of the highest cosine, if it is higher.
     """
+    from safetensors.torch import load_file
+    critic = Discriminator(clip.dim).to(clip.device)
+    critic.load_state_dict(load_file(run / "discriminator.safetensors"))
+    i, flat = torch.from_numpy(np.array(emb, np.float32)).to(clip.device), {}
     rng, gt = random.Random(seed), [item["captions"][0].split() for item in items]
     small = set("a an the of in on at to is are and with there this that i see here we".split())
     attacks = {"gt": gt, "shuffled": [rng.sample(w, len(w)) for w in gt],
@@ -1765,26 +1768,16 @@ def adversarial_captions(items, clip, i, words, seed=0, rounds=5, tries=40):
                         for p in rng.choices(range(len(w) + 1), k=tries)]
         t = clip.encode_texts([" ".join(trial) for trial in trials])  # (tries+1,D)
         attacks["climb"][k] = trials[(t @ i[k]).argmax()]
-    return {name: [" ".join(w) for w in rows] for name, rows in attacks.items()}
-
-def robustness(run, items, words, clip, emb):
-    """`eval --discriminator`: its verdict on adversarial captions, and CLIP's. -> flat metrics.
-
-    detected: share called generated ("gt": false alarms). fooled: cosine at least the GT caption's.
-    """
-    from safetensors.torch import load_file
-    critic = Discriminator(clip.dim).to(clip.device)
-    critic.load_state_dict(load_file(run / "discriminator.safetensors"))
-    i, flat = torch.from_numpy(np.array(emb, np.float32)).to(clip.device), {}
     print(f"\n{'attack':<14}{'detected':>10}{'CLIP fooled':>14}   of {len(i)}, the first:")
-    for name, captions in adversarial_captions(items, clip, i, words).items():
-        t = clip.encode_texts(captions)
-        gt = t if name == "gt" else gt
-        rates = ((human_probability(critic, i, t) < .5).float().mean().item(),
-                 ((t * i).sum(1) >= (gt * i).sum(1)).float().mean().item())
-        flat |= zip((f"adversarial/{name}/detected", f"adversarial/{name}/clip_fooled"), rates)
-        print(f"{name:<14}{rates[0]:>10.3f}{rates[1]:>14.3f}   {captions[0][:60]}")
-    return flat
+    for name, rows in attacks.items():
+        attacks[name] = rows = [" ".join(w) for w in rows]
+        t = clip.encode_texts(rows)
+        cosine, detected = (t * i).sum(1), human_probability(critic, i, t) < .5
+        base = cosine if name == "gt" else base
+        for key, hits in (("detected", detected), ("fooled", cosine >= base)):
+            flat[f"adversarial/{name}/{key}"] = hits.float().mean().item()
+        print(f"{name:<14}{detected.float().mean():>10.3f}{hits.float().mean():>14.3f}   {rows[0]}")
+    return flat, attacks
 
 def caption_files(hp):
     """`distcap.py caption`: print a caption for each image file."""
@@ -1887,9 +1880,6 @@ FLAGS = {"input and output": {
     "workers": (WHOLE, None, None, "processes that load images; default: by the cores"),
 }}
 
-EVAL_FLAGS = ("data annotations images cache corenlp skip-bad-images seed clip clip-pretrained "
-              "eval-clip clip-score-prefix").split()  # that eval takes too
-
 def build_parser(real=False, defaults=True):
     """The argparse parser. real: defaults for real data. defaults=False: only what is typed."""
     class Parser(argparse.ArgumentParser):
@@ -1902,29 +1892,33 @@ def build_parser(real=False, defaults=True):
         "train", help="teacher forcing, then RL with the three uses of GT captions",
         description="Defaults in brackets: [toy world | real data].",
         argument_default=argparse.SUPPRESS)
-    judge = commands.add_parser("eval", help="evaluate a run again, or captions in files")
-    judge.add_argument("--predictions", nargs="+", help="COCO results files to score, one or two")
-    judge.add_argument("--split", choices=("train", "val", "test"), default="test")
-    judge.add_argument("--allow-missing", action="store_true", help="score the images that have one")
-    judge.add_argument("--discriminator", action="store_true", help="try adversarial captions")
+    shared = {}
     for title, flags in FLAGS.items():
         group = train_parser.add_argument_group(title)
         for name, (kind, toy, other, text) in flags.items():
             how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
                    {"action": "append", "metavar": "X"} if kind is list else
                    {"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": "X"})
-            if name in EVAL_FLAGS:
-                judge.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **how)
+            shared[name] = {"help": text, "default": argparse.SUPPRESS, **how}
             if toy not in ("", None, False) or other not in ("", None, False):
                 text += f" [{toy}]" if toy == other else f" [{toy} | {other}]"
             if defaults:
                 how["default"] = other if real else toy
             group.add_argument(f"--{name}", help=text, **how)
-    painter = commands.add_parser("caption", help="caption image files")
-    painter.add_argument("image", nargs="+", help="image files")
-    for command in (judge, painter):
+    for name, text in (("eval", "evaluate a run again"), ("caption", "caption image files")):
+        command = commands.add_parser(name, help=text)
+        if name == "caption":
+            command.add_argument("image", nargs="+", help="image files")
         command.add_argument("--run", default="latest", help="folder of a run [the newest]")
         command.add_argument("--device", default="", help="cpu, cuda, mps")
+    judge = commands.choices["eval"]
+    judge.add_argument("--predictions", nargs="+", help="COCO results files to score, one or two")
+    judge.add_argument("--split", choices=("train", "val", "test"), default="test")
+    judge.add_argument("--allow-missing", action="store_true", help="score those there are")
+    judge.add_argument("--discriminator", action="store_true", help="try adversarial captions")
+    for name in ("data annotations images cache corenlp skip-bad-images seed clip clip-pretrained "
+                 "eval-clip clip-score-prefix").split():
+        judge.add_argument(f"--{name}", **shared[name])
     return parser
 
 def parse_flags(argv):
@@ -2000,7 +1994,7 @@ def check_run(hp):
     except OSError as error:
         raise UserError(f"--run {run}: {error.strerror}") from None
 
-def load_items(hp, **how):
+def load_items(hp):
     """The splits of --data; the toy world is drawn where it is missing."""
     paths, folders = hp.annotations.split(","), hp.images.split(",")
     if hp.data == "toy":
@@ -2011,8 +2005,8 @@ def load_items(hp, **how):
             write_world(folder, hp.seed, hp.gt_detail)
     elif not hp.annotations or not hp.images:
         raise UserError(f"--data {hp.data} needs --annotations and --images")
-    return load_karpathy(paths[0], folders[0]) if hp.data == "karpathy" else load_coco(
-        paths, folders, **how)
+    return load_karpathy(paths[0], folders[0]) if hp.data == "karpathy" else load_coco(paths,
+                                                                                       folders)
 
 def in_turn(work):
     """Run work() on rank 0, then on the others, which find its files. -> its result."""
