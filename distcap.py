@@ -38,6 +38,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import random
@@ -48,9 +49,11 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import product
+from datetime import timedelta
+from itertools import count, product
 from pathlib import Path
 
 import numpy as np
@@ -244,20 +247,28 @@ class FrozenClip:
 def load_clip(name, pretrained, device):
     """open_clip model by name and tag (or weights file), or a folder in open_clip's own format.
 
-    -> FrozenClip. UserError when the weights are neither on disk nor in reach.
+    -> FrozenClip. UserError names the weights that are neither on disk nor in reach.
     """
     import open_clip
     if os.path.isdir(name):
         name, pretrained = f"local-dir:{name}", None
+    logging.disable(logging.ERROR)  # open_clip logs what is raised or printed here in one line
     try:
-        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
+        with warnings.catch_warnings(action="ignore"):
+            model, _, preprocess = open_clip.create_model_and_transforms(name,
+                                                                         pretrained=pretrained)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # many kinds, one meaning: no such weights here
-        raise UserError(f"--clip {name} --clip-pretrained {pretrained}: cannot be loaded ("
-                        f"{' '.join(str(error).split())[:200]}); the toy world (--data toy) needs "
-                        "no download") from None
-    if pretrained == "openai" and "quickgelu" not in name:
-        print(f"warning: OpenAI's weights need quick-GELU: --clip {name}-quickgelu")
+        why = " ".join(str(error).split()).split(". Last error")[0][:200]
+        raise UserError(f"--clip {name} --clip-pretrained {pretrained}: cannot be loaded ({why}); "
+                        "the toy world (--data toy) needs no download") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    tag = open_clip.get_pretrained_cfg(name, pretrained or "")
+    quick = any(isinstance(part, open_clip.transformer.QuickGELU) for part in model.modules())
+    if tag.get("quick_gelu", "openai" in str(pretrained).lower()) and not quick:
+        print(f"warning: --clip {name} has no quick-GELU, with which --clip-pretrained {pretrained}"
+              f" was likely trained; its embeddings suffer. Try --clip {name}-quickgelu")
     return FrozenClip(model, preprocess, tokenizer, device)
 
 
@@ -372,25 +383,45 @@ class ConvEncoder(nn.Module):
         """Called as BLIP calls its vision model; the states come first in a tuple."""
         return (self.norm(self.net(pixel_values).flatten(2).mT + self.position),)
 
+def checkpoint_layers(model):
+    """Keep the inputs of the layers alone for the backward pass, which runs each layer again.
+
+    transformers' own switch works in train mode only; RL runs in eval mode.
+    """
+    from torch.utils.checkpoint import checkpoint
+    for layers in (part for part in model.modules() if isinstance(part, nn.ModuleList)):
+        for layer in layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
 def load_captioner(name, prompt=""):
     """Hub name or local folder of the BLIP family -> Captioner. UserError names what is missing."""
     from transformers import AutoImageProcessor, AutoTokenizer, BlipForConditionalGeneration
     from transformers.utils import cached_file
+    path = {}
     try:
-        config = json.loads(Path(cached_file(name, "config.json")).read_text(encoding="utf-8"))
+        for file in ("config.json", "preprocessor_config.json", "tokenizer_config.json",
+                     "model.safetensors"):  # no other weights: those may run code when opened
+            path[file] = cached_file(name, file) or ""  # None: it "may" be absent
+            os.stat(path[file])
+    except (OSError, ValueError):
+        raise UserError(f"--captioner {name}: no {file} in a folder of that name or in the cache "
+                        f"of the Hugging Face hub, and no download of it now; the toy world "
+                        "(--data toy) needs none") from None
+    try:
+        config = json.loads(Path(path["config.json"]).read_text("utf-8"))
         if config.get("model_type") != "blip":
-            raise UserError(f"--captioner {name}: of type {config.get('model_type')!r}, not blip")
+            raise ValueError(f"of type {config.get('model_type')!r}, not blip")
         if "toy_side" in config:
             from safetensors.torch import load_model
             model = toy_blip(config["text_config"], config["toy_side"])
-            load_model(model, cached_file(name, "model.safetensors"))
+            load_model(model, path["model.safetensors"])
         else:
-            model = BlipForConditionalGeneration.from_pretrained(name)
+            model = BlipForConditionalGeneration.from_pretrained(name, use_safetensors=True)
         return BlipCaptioner(model, AutoTokenizer.from_pretrained(name),
                              AutoImageProcessor.from_pretrained(name), prompt)
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"--captioner {name}: {' '.join(str(error).split())[:200]}; the toy world "
-                        "(--data toy) needs no download") from None
+    except Exception as error:  # many kinds, one meaning: a file is damaged, or of another model
+        raise UserError(f"--captioner {name}: cannot be loaded ("
+                        f"{' '.join(str(error).split())[:200]}); fetch its files again") from None
 
 
 # ==================================================================================================
@@ -754,6 +785,40 @@ def load_coco(paths, image_dirs, say=print, need=("train", "val")):
         splits["test"] = splits["val"]
     return splits
 
+def load_folder(path, image_dir, say=print):
+    """captions.json of one's own images -> splits; the image ids count the files.
+
+    It holds {file name: [captions]}, or {"train": such a table, "val": .., "test": ..}. Without
+    splits a tenth of the images is val and a tenth test: a hash of their names says which.
+    """
+    ids = count()
+    with read_json(path, "{file name: [captions]}, or such a table for train, val, test") as data:
+        if set(data) != {"train", "val", "test"}:
+            names = sorted(data, key=lambda name: hashlib.sha256(name.encode()).digest())
+            n = max(1, len(names) // 10)
+            parts = {"train": names[2 * n:], "val": names[:n], "test": names[n:2 * n]}
+            data = {split: {name: data[name] for name in part} for split, part in parts.items()}
+        splits = {split: [{"image_id": next(ids), "captions": captions + [],  # a list, no string
+                           "file": os.path.abspath(os.path.join(image_dir, name))}
+                          for name, captions in data[split].items()]
+                  for split in ("train", "val", "test")}
+    return check_splits(splits, path, say)
+
+def count_cut(captions, captioner, clip, say=print):
+    """Say how many captions fill a model's tokens: whatever is longer is cut there.
+
+    paper: not said. COCO's have 10 words; CLIP takes 77 tokens, BLIP up to 128 here.
+    """
+    empty = clip.tokenizer([""])[0]
+    for name, tokenize, limit, pad in (
+            ("captioner", captioner.tokenize, captioner.max_length, captioner.pad),
+            ("CLIP", clip.tokenizer, len(empty), empty[-1])):
+        # A token has a byte at least, so only these can be so long.
+        long = [c for c in captions if len(c.encode()) > limit - captioner.prompt - 2]
+        full = int((tokenize(long)[:, limit - 1:] != pad).sum()) if long else 0
+        if full:
+            say(f"{full} captions are cut at the {name}'s {limit} tokens")
+
 def open_cache(folder, name, key, n, dim):
     """Open or begin folder/name-HASH.f16 -> (writable memmap (n, dim) float16, rows to compute).
 
@@ -831,7 +896,7 @@ def mine_neighbours(emb, ids, k, skip, block=2048, device="cpu"):
     the same in each run on one device. UserError: too few different images for these ranks.
     """
     # paper: five neighbours are stored, only the 4th and 5th used (skip=3, k=2).
-    emb = F.normalize(torch.from_numpy(np.array(emb, np.float32)).to(device), dim=-1)
+    emb = F.normalize(torch.from_numpy(np.asarray(emb, np.float32)).to(device), dim=-1)
     ids = torch.as_tensor(ids, device=device)
     others = len(ids) - int(torch.unique(ids, return_counts=True)[1].max())
     if others < skip + k:
@@ -1547,25 +1612,41 @@ def draw_report(run, shown, rows):
 # 11. The three commands
 # ==================================================================================================
 
-def train(hp):
-    """`distcap.py train`: teacher forcing, discriminator, RL, report. Every stage resumes."""
+def prepare(hp):
+    """All that can fail, before long work. -> splits, clip, embeddings, bank, captioner.
+
+    embeddings: see embed_splits; bank: see reward_pools. The toy world makes what is missing.
+    """
     setup_machine(hp)
     check_run(hp)
-    run, writer = Path(hp.run), rank_and_world()[0] == 0
     items = in_turn(lambda: load_items(hp))
     if hp.batch_size > len(items["train"]):
         raise UserError(f"--batch-size {hp.batch_size}: only {len(items['train'])} training images")
     clip = in_turn(lambda: open_clip_of(hp, items))
     embs = in_turn(lambda: embed_splits(hp, items, clip))
+    in_turn(lambda: eval_clips(hp, items["test"]))  # fails now or never; the embeddings are cached
+    ids = torch.tensor([item["image_id"] for item in items["train"]])
+    bank = {"emb": torch.from_numpy(np.array(embs["train"])).to(hp.device),
+            "ids": ids.to(hp.device), "near": mine_neighbours(
+                embs["train"], ids, hp.mined_images, hp.mined_skip).to(hp.device)}
     torch.manual_seed(hp.seed)
-    captioner = (load_captioner(hp.captioner, hp.prompt) if hp.captioner else toy_captioner(
-        [c for item in items["train"] for c in item["captions"]])).to(hp.device)
+    captions = [c for item in items["train"] for c in item["captions"]]
+    captioner = (load_captioner(hp.captioner, hp.prompt) if hp.captioner else
+                 toy_captioner(captions)).to(hp.device)
+    if hp.gradient_checkpointing:
+        checkpoint_layers(captioner)
+    if rank_and_world()[0] == 0:
+        count_cut(captions, captioner, clip)
+    return items, clip, embs, bank, captioner
+
+def train(hp):
+    """`distcap.py train`: teacher forcing, discriminator, RL, report. Every stage resumes."""
+    items, clip, embs, bank, captioner = prepare(hp)
+    run, (rank, world) = Path(hp.run), rank_and_world()
     discriminator = Discriminator(clip.dim, hp.regulariser == "discriminator").to(hp.device)
-    net, critic = (model if rank_and_world()[1] == 1 else nn.parallel.DistributedDataParallel(model)
+    net, critic = (model if world == 1 else nn.parallel.DistributedDataParallel(model)
                    for model in (captioner, discriminator))
-    references, ids = zip(*((len(x["captions"]), x["image_id"]) for x in items["train"]))
-    if writer:
-        eval_clips(hp, items["test"])  # fails now or never; its embeddings are cached
+    references = [len(item["captions"]) for item in items["train"]]
 
     def validate():
         some, emb = items["val"][:hp.eval_images], embs["val"][:hp.eval_images]
@@ -1576,7 +1657,7 @@ def train(hp):
         plan = batch_plan(references, hp.batch_size, hp.seed, steps * hp.grad_accum)
         state = parts | {f"{part}_optimizer": torch.optim.AdamW(
             parts[part].parameters(), weight_decay=hp.weight_decay) for part in peaks}
-        torch.manual_seed(hp.seed + rank_and_world()[0])
+        torch.manual_seed(hp.seed + rank)
         return run_stage(name, step, lambda start: training_batches(
             items["train"], captioner, text_emb, plan[start:], hp), state, peaks, steps, validate,
             hp)
@@ -1586,7 +1667,7 @@ def train(hp):
     if hp.tf_steps and not tf.exists():
         stage("tf", lambda batch: tf_step(batch, net), {"captioner": captioner}, None,
               {"captioner": hp.tf_lr}, hp.tf_steps)
-        if writer:
+        if rank == 0:
             with new_folder(tf) as fresh:
                 captioner.save(fresh)
     elif hp.tf_steps:
@@ -1598,10 +1679,6 @@ def train(hp):
     accuracy = pretrain_discriminator(discriminator, captioner, items, embs, clip, hp)
 
     # Stage 3, RL. Eval mode throughout: one pass of the image encoder serves every purpose.
-    bank = {"emb": torch.from_numpy(np.array(embs["train"])).to(hp.device),
-            "ids": torch.tensor(ids, device=hp.device),
-            "near": mine_neighbours(embs["train"], ids, hp.mined_images,
-                                    hp.mined_skip).to(hp.device)}
     peaks, hp.tau = {"captioner": hp.lr}, hp.tau or clip.tau
     if hp.rl_weight and hp.alpha < 1 and hp.regulariser == "discriminator":
         peaks["discriminator"] = hp.disc_lr
@@ -1611,7 +1688,7 @@ def train(hp):
     speed = stage("rl", lambda batch: rl_step(batch, net, critic, clip, bank, hp), parts,
                   embs["texts"], peaks, hp.steps)
     after = generate_captions(captioner, items["test"], "captions after RL", hp)
-    if writer:
+    if rank == 0:
         save_results(run, **parts)
         print_speed(*speed, hp)
         extra = {"discriminator_accuracy": accuracy,
@@ -1854,16 +1931,93 @@ def robustness(run, items, words, clip, emb, seed=0, rounds=5, tries=20):
 
 def caption_files(hp):
     """`distcap.py caption`: print a caption for each image file."""
-    images = [open_image(path) for path in hp.image]  # a bad file is named before any work
+    for path in hp.image:
+        open_image(path)  # a bad file is named before any work
     _, captioner = open_run(hp)
-    captioner.eval()
-    for path, image in zip(hp.image, images):
-        with torch.no_grad():
-            tokens = captioner.generate(
-                captioner.encode(captioner.prepare(image)[None].to(hp.device)),
-                num_beams=hp.num_beams, no_repeat_ngram=hp.no_repeat_ngram,
-                max_new_tokens=hp.max_new_tokens)
-        print(f"{path}: {captioner.detokenize(tokens)[0]}")
+    items = [{"file": path} for path in hp.image]
+    for path, caption in zip(hp.image, generate_captions(captioner, items, "captions", hp)):
+        print(f"{path}: {caption}")
+
+class AsReleased(nn.Module):
+    """A captioner for rl_step that works as the released code does: for `bench`, at equal results.
+
+    An image encoder's pass for each of beam, greedy, GT and policy; log p one by one; GT padded.
+    """
+
+    def __init__(self, captioner):
+        """captioner: the one to imitate; it stays shared."""
+        super().__init__()
+        self.captioner, self.tokenize = captioner, captioner.tokenize
+        self.detokenize = captioner.detokenize
+
+    @torch.no_grad()
+    def generate(self, pixels, **how):
+        """pixels (B,3,h,w) in place of states -> tokens (B,T)."""
+        return self.captioner.generate(self.captioner.encode(pixels), **how)
+
+    def forward(self, pixels, decode):
+        """See Captioner.forward. GT comes first and gets 255 tokens (released code)."""
+        gt, *others = decode(pixels)
+        room = min(255, self.captioner.model.config.text_config.max_position_embeddings)
+        gt = F.pad(gt, (0, room - gt.shape[1]), value=self.captioner.pad)
+        return [self.captioner(pixels, lambda _: [tokens])[0] for tokens in (gt, *others)]
+
+def random_models(size, device):
+    """Captioner and FrozenClip of random weights: "toy", or "base" = BLIP-base 384 px, ViT-B/32."""
+    import open_clip
+    from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
+    words, ends = " ".join(f"w{k}" for k in range(30520)), {"bos": 1, "sep": 2, "eos": 2, "pad": 0}
+    if size == "toy":
+        captioner = toy_captioner([words[:400]])
+        model = open_clip.CLIP(64, {"layers": 1, "width": 64, "image_size": 32, "patch_size": 16},
+                               {"width": 64, "heads": 2, "layers": 2})
+    else:  # BlipConfig() but for the ids of the four special tokens
+        config = BlipConfig(text_config={f"{name}_token_id": k for name, k in ends.items()})
+        captioner = BlipCaptioner(BlipForConditionalGeneration(config), word_tokenizer(
+            [words], 512), BlipImageProcessor(size={"height": 384, "width": 384}))
+        model = open_clip.create_model("ViT-B-32")
+    return captioner.to(device).eval(), FrozenClip(model, None, open_clip.get_tokenizer("ViT-B-32"),
+                                                   device)
+
+def bench(typed):
+    """`distcap.py bench`: RL steps on random weights, ours against the released code's way."""
+    hp = build_parser(real=True).parse_args(["train", "--device", typed.device])
+    vars(hp).update(vars(typed), tau=.01)
+    setup_machine(hp)
+    torch.manual_seed(hp.seed)
+    captioner, clip = random_models(hp.size, hp.device)
+    discriminator, n = Discriminator(clip.dim).to(hp.device), hp.batch_size
+    # Images of random embeddings and pixels, captions of ten random words; n * 3 images.
+    bank = {"emb": F.normalize(torch.randn(3 * n, clip.dim, device=hp.device), dim=-1),
+            "ids": torch.arange(3 * n, device=hp.device),
+            "near": torch.arange(n, 3 * n, device=hp.device).view(n, 2)}
+    size = captioner.image_processor.size
+    captions = [" ".join(f"w{k}" for k in torch.randint(90, (10,)).tolist()) for _ in range(n)]
+    batch = {"rows": bank["ids"][:n], "captions": captions, "t_gt": clip.encode_texts(captions),
+             "pixels": torch.randn(n, 3, size["height"], size["width"], device=hp.device)}
+    optimizer = torch.optim.AdamW(captioner.parameters(), 0., weight_decay=0.)  # steps stay alike
+    whole, losses = [], []
+    for name, net in (("this file", captioner), ("as released", AsReleased(captioner))):
+        total = {"generation": 0., "scoring": 0., "update": 0.}
+        for step in range(hp.steps + 1):  # the first warms up
+            with stopwatch("update", spent := {}, hp.device):
+                optimizer.zero_grad()
+                if net is not captioner:
+                    batch["t_gt"] = clip.encode_texts(captions)
+                with torch.autocast(torch.device(hp.device).type, torch.bfloat16, hp.bf16):
+                    loss, d_loss, info = rl_step(batch, net, discriminator, clip, bank, hp)
+                (loss + d_loss).backward()
+                optimizer.step()
+            spent |= {part: info[f"{part}_seconds"] for part in ("generation", "scoring")}
+            spent["update"] -= spent["generation"] + spent["scoring"]
+            total = {part: s + (step > 0) * spent[part] for part, s in total.items()}
+        print(f"{name}: ", end="")
+        print_speed(total, hp.steps, hp)
+        whole.append(sum(total.values()))
+        losses.append(loss.item())
+    print(f"{whole[1] / whole[0]:.2f} times as fast; the losses: {losses[0]:.6f}, {losses[1]:.6f}")
+    if not math.isclose(*losses, rel_tol=.01 if hp.bf16 else 1e-3):
+        raise UserError("bench: the two ways disagree; please report this")
 
 
 # ==================================================================================================
@@ -2048,8 +2202,8 @@ POSITIVE, WEIGHT = number(float, 0, above=True), number(float, 0)
 # Flag: type, default in the toy world, default on real data, help. A list is a choice; a bool makes
 # --flag and --no-flag. "paper:" is the paper's value, [C] where only the released code shows it.
 FLAGS = {"input and output": {
-    "data": (["toy", "karpathy", "coco"], "toy", "toy", "where images and captions come from"),
-    "annotations": (str, "", "", "caption files, with commas between"),
+    "data": (["toy", "karpathy", "coco", "folder"], "toy", "toy", "images and captions: see README"),
+    "annotations": (str, "", "", "caption files, with commas; folder: captions.json in --images"),
     "images": (str, "", "", "image folders, likewise; toy: where to draw the world"),
     "run": (str, "runs/toy", "runs/real", "folder of results"),
     "cache": (str, "data/cache", "data/cache", "folder of CLIP embeddings"),
@@ -2099,6 +2253,7 @@ FLAGS = {"input and output": {
     "disc-lr": (POSITIVE, 3e-4, 7e-5, "of the discriminator; paper: 7e-5 [C]"),
     "steps": (COUNT, 80, 5000, "RL steps; paper: not known"),
     "batch-size": (COUNT, 64, 32, "over all processes; paper: not known"),
+    "gradient-checkpointing": (bool, False, False, "less memory, a third more computation"),
     "grad-accum": (COUNT, 1, 1, "batches a step; each keeps its own pools"),
     "lr": (POSITIVE, 5e-4, 1e-6, "peak learning rate of RL; paper: not known"),
     "warmup": (COUNT, 20, 100, "steps of linear warm-up"),
@@ -2142,6 +2297,11 @@ def build_parser(real=False, defaults=True):
             if defaults:
                 how["default"] = other if real else toy
             group.add_argument(f"--{name}", help=text, **how)
+    command = commands.add_parser("bench", help="time an RL step, against the released code's way")
+    command.add_argument("--size", choices=("toy", "base"), default="base", help="of the models")
+    for name, value in (("batch-size", 8), ("steps", 2)):
+        command.add_argument(f"--{name}", type=COUNT, default=value, metavar="X", help=f"[{value}]")
+    command.add_argument("--device", default="", help="cpu, cuda, mps")
     for name, text in (("eval", "evaluate a run again"), ("caption", "caption image files"),
                        ("study", "the paper's claims, as rows of flags, on the toy world")):
         command = commands.add_parser(name, help=text)
@@ -2196,8 +2356,8 @@ def setup_machine(hp):
     if not device:
         device = ("cuda" if torch.cuda.is_available() else
                   "mps" if torch.backends.mps.is_available() else "cpu")
-        if world > 1 and device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if world > 1 and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=device)
         if device.startswith("cuda"):
@@ -2210,7 +2370,9 @@ def setup_machine(hp):
     if hp.workers is None:
         hp.workers = 0 if hp.data == "toy" else min(8, max(1, (os.cpu_count() or 2) - 1))
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # The others may wait long for rank 0 (in_turn); if any dies, torchrun ends all at once.
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo",
+                                             timeout=timedelta(days=2))
 
 def check_run(hp):
     """Refuse what cannot work before any work is done; begin the run's folder."""
@@ -2225,6 +2387,9 @@ def check_run(hp):
         read_config(Path(hp.start))
     if not hp.rl_weight and not hp.wtf_weight:
         raise UserError("--rl-weight 0 --wtf-weight 0: nothing would be learned")
+    if world != vars(hp).setdefault("processes", world):  # --resume brings that of the run
+        raise UserError(f"--resume: {run} was begun by {hp.processes} processes, not {world}; start "
+                        f"it by torchrun --nproc-per-node {hp.processes} -- distcap.py ...")
     if rank or hp.resume:
         return
     try:
@@ -2234,9 +2399,9 @@ def check_run(hp):
                                 "deletes one (never another folder), --run names another place")
             shutil.rmtree(run)
         run.mkdir(parents=True, exist_ok=True)
-        write_json(run / "config.json", {"version": VERSION, "flags": vars(hp)})
         if shutil.disk_usage(run).free < 200 * 2 ** 20:
             raise UserError(f"{run}: less than 200 MB free on this disk")
+        write_json(run / "config.json", {"version": VERSION, "flags": vars(hp)})
     except OSError as error:
         raise UserError(f"--run {run}: {error.strerror}") from None
 
@@ -2249,10 +2414,13 @@ def load_items(hp):
         folders = [str(folder / "images")]
         if not all(map(os.path.exists, paths)):
             write_world(folder, hp.seed, hp.gt_detail)
+    elif hp.data == "folder" and hp.images:
+        paths = [hp.annotations or os.path.join(hp.images, "captions.json")]
     elif not hp.annotations or not hp.images:
-        raise UserError(f"--data {hp.data} needs --annotations and --images")
-    return load_karpathy(paths[0], folders[0]) if hp.data == "karpathy" else load_coco(paths,
-                                                                                       folders)
+        raise UserError(f"--data {hp.data} needs --annotations and --images (folder: only --images)")
+    say = print if rank_and_world()[0] == 0 else lambda line: None
+    load = {"karpathy": load_karpathy, "folder": load_folder}.get(hp.data)
+    return load(paths[0], folders[0], say) if load else load_coco(paths, folders, say)
 
 def in_turn(work):
     """Run work() on rank 0, then on the others, which find its files. -> its result."""
@@ -2272,7 +2440,7 @@ def main(argv=None):
             build_parser().print_help()
         else:
             {"train": train, "eval": evaluate_run, "caption": caption_files,
-             "study": study}[hp.command](hp)
+             "study": study, "bench": bench}[hp.command](hp)
         return 0
     except UserError as error:
         print(f"distcap: error: {error}", file=sys.stderr)
