@@ -2178,6 +2178,271 @@ def draw_study(folder, table):
 
 
 # ==================================================================================================
+# Appendix. OFA, the paper's captioner
+# ==================================================================================================
+# No maintained library has OFA (Wang et al. 2022, arXiv 2202.03052). An encoder reads the patches of
+# a ResNet and a question, a decoder writes the caption; one matrix embeds their tokens and predicts
+# them. Positions act only as biases on attention logits. Names are the published checkpoints'.
+# d = d_model, h heads, n = N patches + tokens of the question, U tokens of a row, R rows.
+
+OFA_SIZES = {  # d, layers of each stack, heads, ResNet, image side [C]; source: OFA's model card
+    "tiny": (256, 4, 4, "resnet50", 256), "medium": (512, 4, 8, "resnet101", 256),
+    "base": (768, 6, 12, "resnet101", 384), "large": (1024, 12, 16, "resnet152", 480)}
+OFA_TRUNKS = {"resnet50": (3, 4, 6), "resnet101": (3, 4, 23), "resnet152": (3, 8, 36)}
+OFA_RENAMES = {  # parts of names in the original fairseq checkpoints
+    "attn_ln": "self_attn_mid_layer_norm", "self_attn_ln": "self_attn_mid_layer_norm",
+    "cross_attn_ln": "cross_attn_mid_layer_norm", "ffn_layernorm": "ffn_layer_norm",
+    "encoder_attn": "cross_attn", "encoder_attn_layer_norm": "cross_attn_layer_norm"}
+OFA_QUESTION = " what does the image describe?"  # paper: this prompt [C]; its first blank counts
+
+def ofa_config(size):
+    """The config of OFA "tiny", "medium", "base" or "large"."""
+    width, layers, heads, trunk, side = OFA_SIZES[size]
+    return {"model_type": "ofa", "vocab_size": 59457, "d_model": width, "resnet_type": trunk,
+            **{f"{kind}_{key}": value for kind in ("encoder", "decoder") for key, value in
+               (("layers", layers), ("attention_heads", heads), ("ffn_dim", 4 * width))},
+            "max_position_embeddings": 1024, "token_bucket_size": 256, "image_bucket_size": 42,
+            "attn_scale_factor": 2., "dropout": .1, "image_size": side, "freeze_bn": True}
+
+def token_buckets(length, size):
+    """Distances of U tokens as rows of a table, logarithmic beyond size / 2. -> (U,U)."""
+    place, half = torch.arange(length), size // 2
+    r = place[:, None] - place
+    far = (r.abs().clamp(min=1) / half).log() / math.log(1023 / half) * (half - 1)
+    return torch.where(r.abs() <= half, r, r.sign() * (far.ceil().long() + half)) + size - 1
+
+def image_buckets(cells, size):
+    """Offsets (dy, dx) of the patches at cells (N,) = y * size + x as rows of a table. -> (N,N)."""
+    y, x = cells // size, cells % size
+    dy, dx = y[:, None] - y + size - 1, x[:, None] - x + size - 1
+    return dy * (2 * size - 1) + dx
+
+class OFAAttention(nn.Module):
+    """softmax(q k / sqrt(2 d / h) + bias) v, with a learned gain for each head (NormFormer)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, self.c_attn = heads, nn.Parameter(torch.ones(heads))
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            self.add_module(name, nn.Linear(width, width))
+
+    def keys(self, x):
+        """x (B,n,d) -> keys, values: (B,h,n,d/h) each."""
+        return [p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                for p in (self.k_proj, self.v_proj)]
+
+    def forward(self, x, k, v, bias):
+        """x (B,n,d) attends to k, v (B,h,m,d/h) under bias (1 or B,h,1 or n,m). -> (B,n,d)."""
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype),
+                                           scale=(2 * q.shape[-1]) ** -.5)
+        return self.out_proj((y * self.c_attn[:, None, None]).transpose(1, 2).flatten(2))
+
+class OFALayer(nn.Module):
+    """Pre-norm layer with NormFormer's further LayerNorms: after attention, inside the MLP."""
+
+    def __init__(self, width, heads, inner, dropout, kinds):
+        super().__init__()
+        for kind in kinds:  # "self_attn" and, in the decoder, "cross_attn"
+            self.add_module(kind, OFAAttention(width, heads))
+            self.add_module(f"{kind}_layer_norm", nn.LayerNorm(width))
+            self.add_module(f"{kind}_mid_layer_norm", nn.LayerNorm(width))
+        self.fc1, self.fc2 = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.final_layer_norm, self.ffn_layer_norm = nn.LayerNorm(width), nn.LayerNorm(inner)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x, bias, past=None, cross=None, cross_bias=None):
+        """x (R,n,d) -> the same shape; its keys and values behind those of `past`."""
+        y = self.self_attn_layer_norm(x)
+        kv = self.self_attn.keys(y)
+        if past is not None:
+            kv = [torch.cat(pair, 2) for pair in zip(past, kv)]
+        x = x + self.drop(self.self_attn_mid_layer_norm(self.self_attn(y, *kv, bias)))
+        if cross is not None:  # keys and values of B images
+            # The beams of an image become queries of one row, so its keys are never copied.
+            y = self.cross_attn_layer_norm(x).view(len(cross[0]), -1, x.shape[-1])
+            y = self.cross_attn(y, *cross, cross_bias).view(x.shape)
+            x = x + self.drop(self.cross_attn_mid_layer_norm(y))
+        y = self.ffn_layer_norm(F.gelu(self.fc1(self.final_layer_norm(x))))
+        return x + self.drop(self.fc2(y)), kv
+
+class OFAStack(nn.Module):
+    """The parameters of the encoder or decoder, and the biases that they share."""
+
+    def __init__(self, config, kind, norms, relations, attentions):
+        """norms, relations, attentions: names; relations are those of absolute positions."""
+        super().__init__()
+        width, heads, layers, size = (config[key] for key in (
+            "d_model", f"{kind}_attention_heads", f"{kind}_layers", "image_bucket_size"))
+        self.heads, self.scale = heads, (width / heads * config["attn_scale_factor"]) ** -.5
+        self.embed_positions = nn.Embedding(config["max_position_embeddings"] + 2, width)
+        self.embed_image_positions = nn.Embedding(size ** 2 + 1, width)
+        for name in ("layernorm_embedding", "pos_ln", "image_pos_ln", "layer_norm", *norms):
+            self.add_module(name, nn.LayerNorm(width))
+        for name in relations:
+            self.add_module(f"{name}_q_linear", nn.Linear(width, width))
+            self.add_module(f"{name}_k_linear", nn.Linear(width, width))
+        self.drop = nn.Dropout(config.get("dropout", .1))
+        self.layers = nn.ModuleList(OFALayer(width, heads, config[f"{kind}_ffn_dim"], self.drop.p,
+                                             attentions) for _ in range(layers))
+        self.token_rel_pos_table_list, self.image_rel_pos_table_list = (
+            nn.ModuleList(nn.Embedding(rows, heads) for _ in range(layers)) for rows in
+            (2 * config["token_bucket_size"] - 1, (2 * size - 1) ** 2 + 3))
+
+    def absolute_bias(self, relation, q, k):
+        """Position vectors q (n,d), k (m,d) -> (h,n,m), one for all layers."""
+        q, k = (self.get_submodule(f"{relation}_{x}_linear")(p).unflatten(-1, (self.heads, -1))
+                for x, p in (("q", q), ("k", k)))
+        return torch.einsum("nhc,mhc->hnm", q * self.scale, k)
+
+class OFA(nn.Module):
+    """The whole network. config: a dict as of ofa_config; other keys are ignored."""
+
+    def __init__(self, config, freeze_bn=True):
+        """freeze_bn: BatchNorm keeps its running statistics and uses them, in training too."""
+        from torchvision.models.resnet import Bottleneck, ResNet
+        super().__init__()
+        self.config, self.freeze_bn, width = config, freeze_bn, config["d_model"]
+        self.encoder = OFAStack(config, "encoder", ["patch_layernorm_embedding"], ["pos"],
+                                ["self_attn"])
+        self.decoder = OFAStack(config, "decoder", ["code_layernorm_embedding"],
+                                ["self_pos", "cross_pos"], ["self_attn", "cross_attn"])
+        self.encoder.type_embedding = nn.Embedding(2, width)
+        trunk = ResNet(Bottleneck, [*OFA_TRUNKS[config["resnet_type"]], 1])
+        self.encoder.embed_images = nn.Sequential()
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"):
+            self.encoder.embed_images.add_module(name, getattr(trunk, name))
+        self.encoder.image_proj = nn.Linear(1024, width)
+        tokens = self.encoder.embed_tokens = self.decoder.embed_tokens = nn.Embedding(
+            config["vocab_size"], width)
+        self.decoder.output_projection = nn.Linear(width, config["vocab_size"], bias=False)
+        self.decoder.output_projection.weight = tokens.weight
+        for part in self.modules():
+            if isinstance(part, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(part.weight, std=.02)
+                if getattr(part, "bias", None) is not None:
+                    nn.init.zeros_(part.bias)
+        # For drawing images; DistributedDataParallel would wait for their gradients.
+        for name in ("code_layernorm_embedding", "embed_image_positions", "image_pos_ln",
+                     "image_rel_pos_table_list"):
+            self.decoder.get_submodule(name).requires_grad_(False)
+
+    def train(self, mode=True):
+        """DEPARTS: BatchNorm is frozen. In train mode it makes a caption's log p depend on the
+        rest of the batch and moves the statistics that decoding uses; released code does both.
+        """
+        super().train(mode)
+        self.encoder.embed_images.train(mode and not self.freeze_bn)
+        return self
+
+    def encode(self, images, tokens):
+        """images (B,3,s,s), tokens (B,T) -> x (B,n,d), positions (n,d), pad (B,n); reusable."""
+        net, size = self.encoder, self.config["image_bucket_size"]
+        grid = net.embed_images(images)  # (B,1024,s/16,s/16)
+        patches = net.image_proj(grid.flatten(2).mT) + net.type_embedding.weight[1]
+        words = net.embed_tokens(tokens) + net.type_embedding.weight[0]
+        x = net.drop(torch.cat([net.patch_layernorm_embedding(patches),
+                                net.layernorm_embedding(words)], 1))
+        cells = torch.arange(size ** 2, device=x.device).view(size, size)[
+            :grid.shape[2], :grid.shape[3]].flatten()
+        at = torch.cat([net.image_pos_ln(net.embed_image_positions(cells + 1)),
+                        net.pos_ln(net.embed_positions.weight[:tokens.shape[1]])])
+        shared, pad = net.absolute_bias("pos", at, at), F.pad(tokens == 1, (len(cells), 0))
+        if pad.any():
+            x = x.masked_fill(pad[..., None], 0)
+            shared = shared.masked_fill(pad[:, None, None], -torch.inf)  # (B,h,n,n)
+        near = image_buckets(cells, size)
+        far = token_buckets(tokens.shape[1], self.config["token_bucket_size"]).to(x.device)
+        for layer, image, token in zip(net.layers, net.image_rel_pos_table_list,
+                                       net.token_rel_pos_table_list):
+            bias = F.pad(image(near).permute(2, 0, 1), (0, len(far)) * 2) + F.pad(
+                token(far).permute(2, 0, 1), (len(near), 0) * 2)  # (h,n,n)
+            x, _ = layer(x, (shared + bias).view(-1, *bias.shape))
+        return net.layer_norm(x), at, pad
+
+    def begin(self, states, length):
+        """What the steps of rows of U = length tokens share, and an empty cache."""
+        (x, at, pad), net = states, self.decoder
+        own = net.pos_ln(net.embed_positions.weight[:length])
+        future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        shared = net.absolute_bias("self_pos", own, own).masked_fill(future, -torch.inf)
+        cross = net.absolute_bias("cross_pos", own, at)[None]  # (1,h,U,n)
+        if pad.any():
+            cross = cross.masked_fill(pad[:, None, None], -torch.inf)
+        near = token_buckets(length, self.config["token_bucket_size"]).to(x.device)
+        return {"bias": [(shared + table(near).permute(2, 0, 1))[None]
+                         for table in net.token_rel_pos_table_list], "cross_bias": cross,
+                "cross": [layer.cross_attn.keys(x) for layer in net.layers],
+                "past": [None] * len(net.layers)}
+
+    def step(self, tokens, cache):
+        """tokens (R,u) behind those in the cache -> logits (R,u,V); the cache grows."""
+        net, past = self.decoder, cache["past"]
+        seen = 0 if past[0] is None else past[0][0].shape[2]
+        rows = slice(seen, seen + tokens.shape[1])
+        x = net.drop(net.layernorm_embedding(net.embed_tokens(tokens)))
+        for k, layer in enumerate(net.layers):
+            x, past[k] = layer(x, cache["bias"][k][:, :, rows, :rows.stop], past[k],
+                               cache["cross"][k], cache["cross_bias"][:, :, rows])
+        return net.output_projection(net.layer_norm(x))
+
+    def forward(self, patch_images, input_ids, decoder_input_ids):
+        """(B,3,s,s), (B,T), (B,U) -> logits (B,U,V)."""
+        states = self.encode(patch_images, input_ids)
+        return self.step(decoder_input_ids, self.begin(states, decoder_input_ids.shape[1]))
+
+    @torch.no_grad()
+    def generate(self, states, num_beams=1, sample=False, no_repeat_ngram=0, max_new_tokens=50,
+                 length_penalty=1.):
+        """The best beams (B,U): bos, words, eos, pads. Scores: log p / length ** length_penalty.
+
+        As the released code's version of transformers searches: one beam is greedy search, and on
+        log p + Gumbel noise that is a sample of p. Dropout is off whatever the mode.
+        """
+        mode, last, K, n = self.training, max_new_tokens, num_beams, no_repeat_ngram
+        self.eval()
+        cache, device, B = self.begin(states, last), states[0].device, len(states[0])
+        rows = torch.ones(B, K, last + 1, dtype=torch.long, device=device)  # pads
+        rows[..., 0], best = 0, rows
+        total = torch.tensor([0.] + [-1e9] * (K - 1), device=device).expand(B, K)
+        closed, done = torch.full_like(total, -torch.inf), torch.zeros_like(total[:, 0]).bool()
+
+        def pick(x, places):
+            return x.gather(1, places[..., None].expand(-1, -1, last + 1))
+
+        for u in range(1, last + 1):
+            tokens = rows[:, :, :u].flatten(0, 1)  # (R,u), R = B * K
+            logits = self.step(tokens[:, -1:], cache)[:, -1]
+            log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            if 0 < n <= u:
+                grams = tokens.unfold(1, n, 1)  # (R,u-n+1,n)
+                row, k = (grams[..., :-1] == tokens[:, None, u - n + 1:]).all(-1).nonzero().mT
+                log_p[row, grams[row, k, -1]] = -torch.inf
+            if sample:
+                log_p -= torch.empty_like(log_p).exponential_().log()
+            elif u == last:  # the released config forces eos; a sample is only cut
+                log_p[:], log_p[:, 2] = -torch.inf, 0.
+            top, place = (total[..., None] + log_p.view(B, K, -1)).flatten(1).topk(2 * K)
+            beam, word = place // log_p.shape[1], place % log_p.shape[1]  # (B,2K)
+            rows = pick(rows, beam)
+            rows[..., u] = word
+            # An eos among the K best closes its row; the K best closed rows are kept.
+            ends, worth = (word == 2) | (u == last), top / u ** length_penalty
+            new = worth.masked_fill(~ends | done[:, None], -torch.inf)[:, :K]
+            closed, keep = torch.cat([closed, new], 1).topk(K)
+            best = pick(torch.cat([best, rows[:, :K]], 1), keep)
+            done = done | (closed[:, -1] >= worth[:, 0])
+            if done.all():
+                break
+            go = ends.int().argsort(dim=1, stable=True)[:, :K]  # the best open ones go on
+            total, rows, beam = top.gather(1, go), pick(rows, go), beam.gather(1, go)
+            flat = (torch.arange(B, device=device)[:, None] * K + beam).flatten()
+            cache["past"] = [[x[flat] for x in kv] for kv in cache["past"]]
+        self.train(mode)
+        return best[:, 0, :(best[:, 0] != 1).any(0).sum()]
+
+
+# ==================================================================================================
 # 13. Command line
 # ==================================================================================================
 
