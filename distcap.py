@@ -2045,7 +2045,8 @@ QUESTIONS = {
     "Q2 dot product": "--similarity dot", "Q3a generic GT": "--gt-detail generic",
     "Q3b full GT": "--gt-detail full", "Q4a tau .1": "--tau .1", "Q4b tau .004": "--tau .004",
     "Q5a alpha .5": "--alpha .5", "Q5b alpha .99": "--alpha .99", "Q7a batch 16": "--batch-size 16",
-    "Q7b no mined images": "--mined-images 0", "Q6 10 times the steps": "--steps 400"}
+    "Q7b no mined images": "--mined-images 0",
+    "Q6 10 times the steps": "--steps 400 --eval-every 50"}
 # Variance of the gradient on weights that stand still. The mean gradient over K batches has the
 # expected squared norm S + V / K, S that of the expected gradient, V the variance: two K give both.
 STILL = "--wtf-weight 0 --alpha 1 --no-center-reward --lr 1e-12 --eval-images 9"
