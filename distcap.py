@@ -1170,6 +1170,8 @@ def bootstrap(each, seed, draws=1000):
     Percentiles of the means of queries drawn with replacement; what they search in stays.
     """
     names, rng = [k for k in each if not k.endswith("rank")], np.random.default_rng(seed)
+    if not names:
+        return {}
     values = np.stack([np.asarray(each[k], np.float64) for k in names], 1)  # (n,names)
     means = [rng.choice(values, len(values)).mean(0) for _ in range(draws)]
     rows = zip(("", "_low", "_high"), (values.mean(0), *np.quantile(means, (.025, .975), 0)))

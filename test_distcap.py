@@ -505,7 +505,8 @@ def test_clip_scores_equal_plain_loops(prefix, tmp_path):
     captions = ["A red cat.", "two dogs. ", "zzz"]
     items = [{"captions": c} for c in (["a cat", "a red cat."], ["dogs"], ["a cow", "cows."])]
     i = unit(3, 8, seed=2, dtype=torch.float32)
-    i[1] = -F.normalize(letter_counts(["two dogs"]) @ clip.model.weight, dim=1)[0]  # a cosine < 0
+    i[:2] = F.normalize(letter_counts(["a red cat", "two dogs"]) @ clip.model.weight, dim=1)
+    i[1] *= -1  # a cosine below 0
 
     def row(text):
         text = f"A photo depicts {text}" if prefix else text.replace(".", "")
@@ -520,7 +521,7 @@ def test_clip_scores_equal_plain_loops(prefix, tmp_path):
         want.append(score)
         want_ref.append(2 / (1 / score + 1 / near) if score and near else 0)
     hp = types.SimpleNamespace(clip_score_prefix=prefix, cache=str(tmp_path))
-    metrics, each = m.clip_metrics(captions, items, clip, i, True, hp)
+    metrics, each = m.clip_metrics(captions, items, clip, i.numpy(), True, hp)
     assert each["clip_score"].tolist() == pytest.approx(want, abs=1e-6)
     assert each["ref_clip_score"].tolist() == pytest.approx(want_ref, abs=2e-3)  # float16 cache
     assert metrics["clip_score"] == pytest.approx(sum(want) / 3) and min(want) == 0 < max(want)
