@@ -1278,6 +1278,8 @@ def bootstrap(each, seed, draws=1000):
     Percentiles of the means of queries drawn with replacement; what they search in stays.
     """
     names, rng = [k for k in each if not k.endswith("rank")], np.random.default_rng(seed)
+    if not names:
+        return {}
     values = np.stack([np.asarray(each[k], np.float64) for k in names], 1)  # (n,names)
     means = [rng.choice(values, len(values)).mean(0) for _ in range(draws)]
     rows = zip(("", "_low", "_high"), (values.mean(0), *np.quantile(means, (.025, .975), 0)))
@@ -1813,12 +1815,13 @@ def evaluate_run(hp):
     """`distcap.py eval`: caption the test images again, before and after RL, and report."""
     if hp.predictions:
         return evaluate_predictions(hp)
-    if "clip" in hp or "clip_pretrained" in hp:
-        raise UserError("--clip: a run has its own; --eval-clip adds another")
+    if {"clip", "clip_pretrained"} & {*vars(hp)} or hp.allow_missing or hp.split != "test":
+        raise UserError("--clip, --split, --allow-missing: only with --predictions")
     run, captioner = open_run(hp)
+    vars(hp).update(vars(build_parser(hp.data != "toy").parse_args(["train"])) | vars(hp))  # newer
     items = load_items(hp)
-    clip, test = open_clip_of(hp, items), {hp.split: items[hp.split]}
-    emb, test = embed_splits(hp, test, clip)[hp.split], test[hp.split]
+    clip, test = open_clip_of(hp, items), {"test": items["test"]}
+    emb, test = embed_splits(hp, test, clip)["test"], test["test"]
     start = str(begun(hp, "captioner_tf")) if hp.tf_steps else hp.captioner
     before = load_captioner(start, hp.prompt).to(hp.device)
     old = json.loads((run / "metrics.json").read_text("utf-8"))

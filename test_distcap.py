@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import types
+import zipfile
 from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
@@ -393,8 +394,10 @@ def test_golden_scores_in_a_german_locale(monkeypatch):
     before = os.stat(folder).st_mtime
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
-    totals, notes, tokens, _ = m.caption_metrics(REFS, CAPS)
+    totals, notes, tokens, each = m.caption_metrics(REFS, CAPS)
     assert {k: totals[k] for k in GOLD} == pytest.approx(GOLD, abs=6e-7)
+    assert totals["spice"] is None and "make spice" in notes["spice"]
+    assert [each[k].mean() for k in each] == pytest.approx([totals[k] for k in each])
     assert tokens[1222] == "a baseball player swinging a bat at a ball"
     assert os.stat(folder).st_mtime == before  # nothing is written into site-packages
 
@@ -443,6 +446,143 @@ def test_a_caption_of_10000_words_and_a_single_image_do_not_hang():
     assert totals["bleu4"] < 1e-3 
     with pytest.raises(UserError, match="8"):
         m.caption_metrics({7: ["a cat"]}, {8: "a cat"})
+
+
+# What SpiceStats.toString of the SPICE jar prints, cut short.
+SPICE_SAYS = """********  SPICE Evaluation  ********
+
+All tuples
+  f-score:\\t0.217 (SPICE metric)
+  precision:\\t0.300
+  weighted f-score:\\t0.999
+"""
+
+
+def test_spice_runs_the_jar_without_cache_and_out(tmp_path, monkeypatch):
+    """By a fake java and fake jars: CoreNLP's real ones are no wheel."""
+    tokens, lib = Future(), tmp_path / "lib"
+    tokens.set_result(({3: ["a cat", "the cat"]}, {3: ["a dog"]}))
+    lib.mkdir()
+    java = fake_java(tmp_path, f'echo "$@" > {tmp_path}/args; for last; do :; done\n'
+                     f'cp "$last" {tmp_path}/in; printf "{SPICE_SAYS}"\n', monkeypatch)
+    for missing in ("3.6.0.jar", "-models.jar"):
+        with pytest.raises(RuntimeError, match=f"{missing}.*make spice"):
+            m.spice_score(java, tokens, str(lib), 9)
+        (lib / "stanford-corenlp-3.6.0.jar").touch()
+    (lib / "stanford-corenlp-3.6.0-models.jar").touch()
+    assert m.spice_score(java, tokens, str(lib), 9) == .217
+    assert json.loads((tmp_path / "in").read_text()) == [
+        {"image_id": 3, "test": "a dog", "refs": ["a cat", "the cat"]}]
+    words = (tmp_path / "args").read_text().split()
+    assert not {"-cache", "-out"} & set(words) and "edu.anu.spice.SpiceScorer" in words
+    path = words[words.index("-cp") + 1].split(os.pathsep)
+    assert {f"{lib}/stanford-corenlp-3.6.0{end}.jar" for end in ("", "-models")} < set(path)
+    dead = fake_java(tmp_path, "echo 'java.lang.OutOfMemoryError: heap' >&2; exit 1\n", monkeypatch)
+    with pytest.raises(RuntimeError, match="OutOfMemory"):
+        m.spice_score(dead, tokens, str(lib), 9)
+
+
+@needs_java
+def test_spice_finds_its_class_and_misses_corenlp_only(tmp_path):
+    """The wheel's own jar really starts; empty jars in CoreNLP's place end in one line."""
+    tokens = Future()
+    tokens.set_result(({3: ["a cat"]}, {3: ["a dog"]}))
+    for end in ("", "-models"):
+        with zipfile.ZipFile(tmp_path / f"stanford-corenlp-3.6.0{end}.jar", "w") as jar:
+            jar.writestr("nothing", "")
+    with pytest.raises(RuntimeError, match="NoClassDefFoundError.*edu/stanford/nlp"):
+        m.spice_score(m.find_java()[0], tokens, str(tmp_path), 60)
+
+
+def test_make_spice_wants_both_jars(tmp_path):
+    """With a fake python that names the folder and makes the jars when asked to fetch."""
+    lib, jar = tmp_path / "spice/lib", "stanford-corenlp-3.6.0"
+    lib.mkdir(parents=True)
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then echo {tmp_path}; exit; fi\n'
+                    f'echo "$@" >> {tmp_path}/calls; [ -e {lib}/{jar}.jar ] || '
+                    f'touch {lib}/{jar}.jar {lib}/{jar}-models.jar\n')
+    fake.chmod(0o755)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / ".venv/ready").touch()
+    shutil.copy(HERE / "Makefile", tmp_path)
+    (lib / f"{jar}.jar").touch()  # all that pycocoevalcap looks for
+    for calls in (1, 1):          # the second time both are there
+        done = subprocess.run(["make", "spice", f"PY={fake}"], cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "calls").read_text().count("get_stanford_models") == calls
+    assert (lib / f"{jar}-models.jar").exists()
+
+
+class Letters(torch.nn.Module):
+    """The text half of a CLIP: a caption is its letters' counts times a random matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.logit_scale = torch.nn.Parameter(torch.tensor(math.log(100.)))
+        self.weight = torch.nn.Parameter(unit(128, 8, dtype=torch.float32))
+
+    def encode_text(self, counts):
+        return counts @ self.weight
+
+
+def letter_counts(texts):
+    return torch.tensor([[float(t.count(chr(k))) for k in range(128)] for t in texts])
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_clip_scores_equal_plain_loops(prefix, tmp_path):
+    """Hessel et al. 2021, section 3: 2.5 max(cos, 0), and its harmonic mean with max_r cos."""
+    clip = m.FrozenClip(Letters(), None, letter_counts, "cpu")
+    captions = ["A red cat.", "two dogs. ", "zzz"]
+    items = [{"captions": c} for c in (["a cat", "a red cat."], ["dogs"], ["a cow", "cows."])]
+    i = unit(3, 8, seed=2, dtype=torch.float32)
+    i[:2] = F.normalize(letter_counts(["a red cat", "two dogs"]) @ clip.model.weight, dim=1)
+    i[1] *= -1  # a cosine below 0
+
+    def row(text):
+        text = f"A photo depicts {text}" if prefix else text.replace(".", "")
+        vector = [sum(text.strip().count(chr(k)) * w[d] for k, w in enumerate(
+            clip.model.weight.tolist())) for d in range(8)]
+        return [x / math.hypot(*vector) for x in vector]
+    want, want_ref = [], []
+    for caption, item, image in zip(captions, items, i.tolist()):
+        score = 2.5 * max(0, sum(a * b for a, b in zip(row(caption), image)))
+        near = max(0, *(sum(a * b for a, b in zip(row(caption), row(r)))
+                        for r in item["captions"]))
+        want.append(score)
+        want_ref.append(2 / (1 / score + 1 / near) if score and near else 0)
+    hp = types.SimpleNamespace(clip_score_prefix=prefix, cache=str(tmp_path))
+    metrics, each = m.clip_metrics(captions, items, clip, i.numpy(), True, hp)
+    assert each["clip_score"].tolist() == pytest.approx(want, abs=1e-6)
+    assert each["ref_clip_score"].tolist() == pytest.approx(want_ref, abs=2e-3)  # float16 cache
+    assert metrics["clip_score"] == pytest.approx(sum(want) / 3) and min(want) == 0 < max(want)
+    assert clip.unsaid == "."  # the reward's text has not changed
+
+
+def test_intervals_are_those_of_the_binomial_and_pairing_narrows_them():
+    rng = np.random.default_rng(1)
+    hits = (rng.random(2000) < .3).astype(float)
+    got = m.bootstrap({"r1": hits, "t2i_rank": hits, "cider": torch.ones(2000)}, seed=0)
+    half = 1.96 * math.sqrt(hits.mean() * (1 - hits.mean()) / 2000)
+    assert got["r1"] == hits.mean() and set(got) == {"r1", "r1_low", "r1_high", "cider",
+                                                     "cider_low", "cider_high"}
+    assert got["r1_low"] == pytest.approx(hits.mean() - half, abs=.15 * half)
+    assert got["r1_high"] == pytest.approx(hits.mean() + half, abs=.15 * half)
+    assert got["cider_low"] == got["cider_high"] == 1
+    assert got == m.bootstrap({"r1": hits, "cider": np.ones(2000)}, seed=0)
+    assert got != m.bootstrap({"r1": hits, "cider": np.ones(2000)}, seed=1)
+    better = m.bootstrap({"r1": (hits + .1) - hits}, seed=0)  # each image gains the same
+    assert better["r1_low"] == pytest.approx(.1) == better["r1_high"]
+
+
+def test_the_table_shows_intervals_and_reasons(capsys):
+    m.print_table({"a": {"t2i_r1": .5, "t2i_r1_low": .25, "t2i_r1_high": 1., "spice": None,
+                         "x/y/cider": 2.}, "b": {"t2i_r1": 0.}}, {"spice": "why", "meteor": "why"})
+    lines = [line.split() for line in capsys.readouterr().out.strip().splitlines()]
+    assert lines == [["a", "b"], ["t2i_r1", "0.500", "[0.250,", "1.000]", "0.000"],
+                     ["x/y/cider", "2.000", "-"], ["not", "computed:", "spice,", "meteor:", "why"]]
 
 
 # -- Files, caches, neighbours ---------------------------------------------------------------------
@@ -641,6 +781,69 @@ def test_bad_annotation_files(photos):
             call()
 
 
+# -- Anybody's captions ----------------------------------------------------------------------------
+
+GOOD = [{"image_id": 8, "caption": "a  cap\n8"}, {"image_id": 9, "caption": "cap 9"}]
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", "broken or truncated"), ("captions", "broken or truncated"), ("[" * 10 ** 5, "not COCO"),
+    ({"a": 1}, "not COCO results"), ([{"image_id": 8}], "not COCO results.*caption"),
+    ([{"image_id": [8], "caption": "x"}], "not COCO results"), ([], "2 images without.*8, 9"),
+    (GOOD[:1], "1 images without a caption .--allow-missing.*: 9"),
+    (GOOD + [{"image_id": 0, "caption": "x"}], "1 unknown images.*: 0"),
+    ([{**GOOD[0], "image_id": "8"}, GOOD[1]], "1 unknown images.*: '8'"),
+    (GOOD + GOOD[:1], "1 images with more than one caption: 8"),
+    ([{**GOOD[0], "caption": None}, GOOD[1]], "1 captions that are no text: 8"),
+    ([{**GOOD[0], "caption": 7}, GOOD[1]], "1 captions that are no text: 8")])
+def test_bad_predictions_get_one_line_and_code_2(content, message, photos, capsys):
+    path = photos / "results.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    assert m.main(["eval", "--predictions", str(path), "--data", "coco", "--annotations",
+                   f"{photos}/captions_test.json"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and str(path) in error and error.count("\n") == 1
+
+
+def test_odd_predictions_are_read_with_a_warning(photos, capsys):
+    items = load_coco([f"{photos}/captions_test.json"], [str(photos)], need=())["test"]
+
+    def load(content, allow_missing=False):
+        (photos / "r.json").write_text(json.dumps(content))
+        got = m.load_predictions(str(photos / "r.json"), items, allow_missing)
+        return got, capsys.readouterr().out
+    assert load(GOOD) == ({8: "a cap 8", 9: "cap 9"}, "")
+    odd = [GOOD[0], {"image_id": 9, "caption": "cap\0 \x1b\r9\u2028\ud83d"}]
+    got, said = load(odd)
+    assert got[9] == "cap 9" and "1 with control characters, now spaces: 9" in said
+    got, said = load([GOOD[0], {"image_id": 9, "caption": "a " * 10000}])
+    assert "1 of above 200 words" in said and len(got[9].split()) == 10000
+    assert "words" not in load([GOOD[0], {"image_id": 9, "caption": "a " * 200}])[1]
+    got, said = load(GOOD[:1], allow_missing=True)
+    assert got == {8: "a cap 8"} and "warning" in said and ": 9" in said
+
+
+def test_predictions_without_pictures_say_what_is_missing(photos, capsys, monkeypatch):
+    monkeypatch.setattr(m, "find_java", lambda: (None, "no Java"))
+    (photos / "r.json").write_text(json.dumps(GOOD[:1]))
+    assert m.main(["eval", "--predictions", f"{photos}/r.json", "--data", "coco", "--annotations",
+                   f"{photos}/captions_test.json", "--allow-missing"]) == 0
+    assert "1 of 2 images are scored: one alone" in capsys.readouterr().out
+    metrics = json.loads((photos / "r.metrics.json").read_text())
+    assert metrics["images"] == 1 and metrics["length"] == 3
+    assert metrics["t2i_r1"] is None and "--images" in metrics["notes"]["t2i_r1"]
+    assert metrics["cider"] is None and metrics["notes"]["cider"] == "no Java"
+    assert all(isinstance(v, (int, float, type(None))) for k, v in metrics.items() if k != "notes")
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--predictions", "a", "b", "c"], "one or two"), (["--allow-missing"], "only with --pred"),
+    (["--predictions", "a", "--discriminator"], "without --run"), (["--clip", "x"], "only with"),
+    (["--predictions", "a"], "--clip: name"), (["--predictions", "a", "--data", "coco"], "needs")])
+def test_eval_refuses_what_does_not_go_together(args, message, capsys):
+    assert m.main(["eval", *args]) == 2 and message in capsys.readouterr().err
+
+
 # -- One small run, shared by the tests below -------------------------------------------------------
 
 
@@ -701,6 +904,80 @@ def test_eval_repeats_the_table(workplace):
     done = command("eval", cwd=workplace)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((run / "metrics.json").read_text()) == before
+    ranks = [(float(a), float(b)) for a, b in re.findall(r": rank (\S+) to (\S+)", done.stdout)]
+    moves = [b - a for a, b in ranks]
+    assert len(moves) == 6 and moves == sorted(moves) and moves[2] < 0 < moves[3]
+
+
+@needs_java
+def test_predictions_get_the_scores_of_the_run(workplace):
+    """captions.json of the run, judged from outside, twice by the same CLIP; and against GT."""
+    from_run = json.loads((workplace / "runs/a/metrics.json").read_text())
+    items = load_coco([f"{workplace}/world/captions_test.json"], [f"{workplace}/world/images"],
+                      need=())["test"]
+    (workplace / "gt.json").write_text(json.dumps(
+        [{"image_id": x["image_id"], "caption": x["captions"][0]} for x in items]))
+    done = command("eval", "--predictions", "runs/a/captions.json", "gt.json", "--images", "world",
+                   "--clip", "runs/a/clip", "--eval-clip", "runs/a/clip/", cwd=workplace)
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = (json.loads((workplace / f"{name}.metrics.json").read_text())
+            for name in ("runs/a/captions", "gt"))
+    for name in m.TABLE:
+        assert a[name] == (pytest.approx(from_run[name], abs=1e-6) if from_run[name] is not None
+                           else None)
+        if f"runs/a/clip/{name}" in a:
+            assert a[f"runs/a/clip/{name}"] == a[name]
+    assert b["bleu4"] == pytest.approx(1) and b["images"] == 80
+    for name in ("t2i_r1", "i2t_mrr", "cider", "ref_clip_score", "runs/a/clip/t2i_r5"):
+        assert b[f"difference/{name}"] == pytest.approx(b[name] - a[name], abs=1e-6)
+        assert b[f"difference/{name}_low"] <= b[f"difference/{name}"] <= b[
+            f"difference/{name}_high"] and a[f"{name}_low"] <= a[name] <= a[f"{name}_high"]
+    assert "B - A" in done.stdout and "80 of 80 images" in done.stdout
+
+
+def test_adversarial_captions_and_their_rates(workplace):
+    items = load_coco([f"{workplace}/world/captions_test.json"], [f"{workplace}/world/images"],
+                      need=())["test"][:12]
+    clip = m.load_clip(str(workplace / "runs/a/clip"), None, "cpu")
+    i = clip.encode_images(torch.stack([clip.preprocess(open_image(x["file"])) for x in items]))
+    flat, attacks = m.robustness(workplace / "runs/a", items, ["red", "tiny"], clip, i.numpy())
+    critic = m.Discriminator(clip.dim)
+    critic.load_state_dict(load_file(workplace / "runs/a/discriminator.safetensors"))
+    for k, item in enumerate(items):
+        gt = item["captions"][0].split()
+        bad = {name: captions[k].split() for name, captions in attacks.items()}
+        assert bad["gt"] == gt and sorted(bad["shuffled"]) == sorted(gt)
+        extra, = (Counter(bad["repeated"]) - Counter(gt)).elements()
+        assert f"{extra} {extra}" in " ".join(bad["repeated"])
+        assert bad["glued"] == gt + item["captions"][-1].split()
+        assert bad["truncated"] == gt[:len(bad["truncated"])] and len(bad["truncated"]) < len(gt)
+        assert " ".join(bad["other image"]) == items[(k + 6) % 12]["captions"][0]
+        assert "a" not in bad["keywords"] and set(bad["keywords"]) < set(gt)
+        rest = iter(bad["climb"])
+        assert all(word in rest for word in gt) and len(bad["climb"]) <= len(gt) + 5
+    for name, captions in attacks.items():
+        t = clip.encode_texts(captions)
+        detected = [critic(i[k:k + 1], t[k:k + 1]).argmax().item() == 0 for k in range(12)]
+        fooled = [(t[k] @ i[k]) >= (clip.encode_texts([attacks["gt"][k]])[0] @ i[k]) - 1e-6
+                  for k in range(12)]
+        assert flat[f"adversarial/{name}/detected"] == pytest.approx(sum(detected) / 12)
+        assert flat[f"adversarial/{name}/fooled"] == pytest.approx(sum(fooled) / 12)
+    assert flat["adversarial/climb/fooled"] == 1. and attacks["climb"] != attacks["gt"]
+
+
+def test_a_run_without_its_bad_images_is_evaluated_again(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    damaged = workplace / "world/images/00900.png"  # of the test split
+    whole, seen = damaged.read_bytes(), {}
+    monkeypatch.setattr(m, "report", lambda run, items, before, after, clip, emb, *_: seen.update(
+        items=items, sizes={len(items), len(before), len(after), len(emb)}))
+    damaged.write_bytes(b"")
+    try:
+        assert m.main(["eval", "--run", "runs/a"]) == 2
+        assert m.main(["eval", "--run", "runs/a", "--skip-bad-images"]) == 0
+    finally:
+        damaged.write_bytes(whole)
+    assert seen["sizes"] == {79} and 900 not in [item["image_id"] for item in seen["items"]]
 
 
 def start_like(workplace, name, stage, **changes):
