@@ -286,11 +286,20 @@ class BlipCaptioner(Captioner):
 
     @torch.no_grad()
     def generate(self, states, num_beams=1, sample=False, no_repeat_ngram=0, max_new_tokens=50):
-        """transformers' own search: a KV cache, and beams that share their image's states."""
+        """transformers' own search with a KV cache, in which beams share their image's states."""
+        from transformers import DynamicCache, EncoderDecoderCache
+        shared = DynamicCache()  # keys and values of the states: projected once an image ...
+        for k, layer in enumerate(self.model.text_decoder.bert.encoder.layer):
+            cross = layer.crossattention.self
+            shared.update(*(part(states).unflatten(-1, (cross.num_attention_heads, -1))
+                            .transpose(1, 2).repeat_interleave(num_beams, 0)
+                            for part in (cross.key, cross.value)), k)  # (B * beams,heads,N,H/heads)
+        shared.reorder_cache = lambda beams: None  # ... and the same in all beams of an image
         start = torch.tensor([self.start], device=states.device).expand(len(states), -1)
         tokens = self.model.text_decoder.generate(
             input_ids=start, attention_mask=torch.ones_like(start), encoder_hidden_states=states,
             encoder_attention_mask=states.new_ones(states.shape[:2], dtype=torch.long),
+            past_key_values=EncoderDecoderCache(DynamicCache(), shared),
             num_beams=num_beams, do_sample=sample, no_repeat_ngram_size=no_repeat_ngram,
             **({"top_k": 0} if sample else {}),  # else transformers samples from 50 words only
             max_new_tokens=min(max_new_tokens, self.max_length - self.prompt),
