@@ -4,7 +4,7 @@ RUN    ?= latest
 ARGS   ?=
 PY     := .venv/bin/python
 
-.PHONY: help train eval test
+.PHONY: help train eval test coco
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -22,3 +22,15 @@ eval: .venv/ready  ## evaluate the latest run again, or RUN=runs/name
 
 test: .venv/ready  ## run the tests
 	$(PY) -m pytest -q test_distcap.py $(ARGS)
+
+# Karpathy's split (36 MB), then the images (13 + 6.6 GB). A second call goes on where one stopped.
+COCO := https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip \
+	http://images.cocodataset.org/zips/train2014.zip http://images.cocodataset.org/zips/val2014.zip
+coco:  ## download COCO into data/coco (needs 40 GB); how to train on it
+	@echo 'Downloads $(COCO) into data/coco. Then, in the setting of the paper:'
+	@echo '  $(PY) distcap.py train --data karpathy --annotations data/coco/dataset_coco.json' \
+	  '--images data/coco --no-center-reward --run runs/coco'
+	mkdir -p data/coco
+	@for url in $(COCO); do zip=data/coco/$${url##*/}; test -e $$zip.done || { echo $$url; \
+	  curl -fL --retry 3 -C - -o $$zip $$url && $(PYTHON) -m zipfile -e $$zip data/coco && \
+	  rm $$zip && touch $$zip.done; } || exit 1; done

@@ -1788,7 +1788,7 @@ POSITIVE, WEIGHT = number(float, 0, above=True), number(float, 0)
 # Flag: type, default in the toy world, default on real data, help. A list is a choice; a bool makes
 # --flag and --no-flag. "paper:" is the paper's value, [C] where only the released code shows it.
 FLAGS = {"input and output": {
-    "data": (["toy", "karpathy", "coco", "folder"], "toy", "toy", "images and captions: see README"),
+    "data": (["toy", "karpathy", "coco", "folder"], "toy", "toy", "toy, or real images: see README"),
     "annotations": (str, "", "", "caption files, with commas; folder: captions.json in --images"),
     "images": (str, "", "", "image folders, likewise; toy: where to draw the world"),
     "run": (str, "runs/toy", "runs/real", "folder of results"),
