@@ -49,11 +49,10 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from itertools import count, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -252,11 +251,9 @@ def load_clip(name, pretrained, device):
     import open_clip
     if os.path.isdir(name):
         name, pretrained = f"local-dir:{name}", None
-    logging.disable(logging.ERROR)  # open_clip logs what is raised or printed here in one line
+    logging.disable(logging.ERROR)  # open_clip logs what is raised here in one line
     try:
-        with warnings.catch_warnings(action="ignore"):
-            model, _, preprocess = open_clip.create_model_and_transforms(name,
-                                                                         pretrained=pretrained)
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # many kinds, one meaning: no such weights here
         why = " ".join(str(error).split()).split(". Last error")[0][:200]
@@ -264,11 +261,9 @@ def load_clip(name, pretrained, device):
                         "the toy world (--data toy) needs no download") from None
     finally:
         logging.disable(logging.NOTSET)
-    tag = open_clip.get_pretrained_cfg(name, pretrained or "")
     quick = any(isinstance(part, open_clip.transformer.QuickGELU) for part in model.modules())
-    if tag.get("quick_gelu", "openai" in str(pretrained).lower()) and not quick:
-        print(f"warning: --clip {name} has no quick-GELU, with which --clip-pretrained {pretrained}"
-              f" was likely trained; its embeddings suffer. Try --clip {name}-quickgelu")
+    if "openai" in str(pretrained).lower() and not quick:  # of other tags open_clip itself warns
+        print(f"warning: OpenAI's weights need quick-GELU: --clip {name}-quickgelu")
     return FrozenClip(model, preprocess, tokenizer, device)
 
 
@@ -324,11 +319,20 @@ class BlipCaptioner(Captioner):
 
     @torch.no_grad()
     def generate(self, states, num_beams=1, sample=False, no_repeat_ngram=0, max_new_tokens=50):
-        """transformers' own search: a KV cache, and beams that share their image's states."""
+        """transformers' own search with a KV cache, in which beams share their image's states."""
+        from transformers import DynamicCache, EncoderDecoderCache
+        shared = DynamicCache()  # keys and values of the states: projected once an image ...
+        for k, layer in enumerate(self.model.text_decoder.bert.encoder.layer):
+            cross = layer.crossattention.self
+            shared.update(*(part(states).unflatten(-1, (cross.num_attention_heads, -1))
+                            .transpose(1, 2).repeat_interleave(num_beams, 0)
+                            for part in (cross.key, cross.value)), k)  # (B * beams,heads,N,H/heads)
+        shared.reorder_cache = lambda beams: None  # ... and the same in all beams of an image
         start = torch.tensor([self.start], device=states.device).expand(len(states), -1)
         tokens = self.model.text_decoder.generate(
             input_ids=start, attention_mask=torch.ones_like(start), encoder_hidden_states=states,
             encoder_attention_mask=states.new_ones(states.shape[:2], dtype=torch.long),
+            past_key_values=EncoderDecoderCache(DynamicCache(), shared),
             num_beams=num_beams, do_sample=sample, no_repeat_ngram_size=no_repeat_ngram,
             **({"top_k": 0} if sample else {}),  # else transformers samples from 50 words only
             max_new_tokens=min(max_new_tokens, self.max_length - self.prompt),
@@ -384,37 +388,31 @@ class ConvEncoder(nn.Module):
         return (self.norm(self.net(pixel_values).flatten(2).mT + self.position),)
 
 def checkpoint_layers(model):
-    """Keep the inputs of the layers alone for the backward pass, which runs each layer again.
-
-    transformers' own switch works in train mode only; RL runs in eval mode.
-    """
+    """Keep only the inputs of layers for the backward pass; transformers does so only in train()"""
     from torch.utils.checkpoint import checkpoint
-    for layers in (part for part in model.modules() if isinstance(part, nn.ModuleList)):
-        for layer in layers:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    for layer in (x for part in model.modules() if isinstance(part, nn.ModuleList) for x in part):
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 def load_captioner(name, prompt=""):
     """Hub name or local folder of the BLIP family -> Captioner. UserError names what is missing."""
     from transformers import AutoImageProcessor, AutoTokenizer, BlipForConditionalGeneration
     from transformers.utils import cached_file
-    path = {}
     try:
-        for file in ("config.json", "preprocessor_config.json", "tokenizer_config.json",
-                     "model.safetensors"):  # no other weights: those may run code when opened
-            path[file] = cached_file(name, file) or ""  # None: it "may" be absent
-            os.stat(path[file])
+        for file in ("model.safetensors", "preprocessor_config.json", "tokenizer_config.json",
+                     "config.json"):  # other formats of weights may run code when opened
+            os.stat(path := cached_file(name, file) or "")
     except (OSError, ValueError):
         raise UserError(f"--captioner {name}: no {file} in a folder of that name or in the cache "
-                        f"of the Hugging Face hub, and no download of it now; the toy world "
+                        "of the Hugging Face hub, nor can it be downloaded now; the toy world "
                         "(--data toy) needs none") from None
     try:
-        config = json.loads(Path(path["config.json"]).read_text("utf-8"))
+        config = json.loads(Path(path).read_text("utf-8"))
         if config.get("model_type") != "blip":
             raise ValueError(f"of type {config.get('model_type')!r}, not blip")
         if "toy_side" in config:
             from safetensors.torch import load_model
             model = toy_blip(config["text_config"], config["toy_side"])
-            load_model(model, path["model.safetensors"])
+            load_model(model, cached_file(name, "model.safetensors"))
         else:
             model = BlipForConditionalGeneration.from_pretrained(name, use_safetensors=True)
         return BlipCaptioner(model, AutoTokenizer.from_pretrained(name),
@@ -786,29 +784,20 @@ def load_coco(paths, image_dirs, say=print, need=("train", "val")):
     return splits
 
 def load_folder(path, image_dir, say=print):
-    """captions.json of one's own images -> splits; the image ids count the files.
+    """One's own images: {file name: [captions]} -> splits.
 
-    It holds {file name: [captions]}, or {"train": such a table, "val": .., "test": ..}. Without
-    splits a tenth of the images is val and a tenth test: a hash of their names says which.
+    A tenth of the images each is val and test; a hash of the file names says which.
     """
-    ids = count()
-    with read_json(path, "{file name: [captions]}, or such a table for train, val, test") as data:
-        if set(data) != {"train", "val", "test"}:
-            names = sorted(data, key=lambda name: hashlib.sha256(name.encode()).digest())
-            n = max(1, len(names) // 10)
-            parts = {"train": names[2 * n:], "val": names[:n], "test": names[n:2 * n]}
-            data = {split: {name: data[name] for name in part} for split, part in parts.items()}
-        splits = {split: [{"image_id": next(ids), "captions": captions + [],  # a list, no string
-                           "file": os.path.abspath(os.path.join(image_dir, name))}
-                          for name, captions in data[split].items()]
-                  for split in ("train", "val", "test")}
-    return check_splits(splits, path, say)
+    with read_json(path, "{file name: [captions]}") as data:
+        items = [{"image_id": k, "file": os.path.abspath(os.path.join(image_dir, name)),
+                  "captions": captions + []} for k, (name, captions) in enumerate(data.items())]
+    items.sort(key=lambda item: hashlib.sha256(os.path.basename(item["file"]).encode()).digest())
+    n = max(1, len(items) // 10)
+    return check_splits({"train": items[2 * n:], "val": items[:n], "test": items[n:2 * n]}, path,
+                        say)
 
 def count_cut(captions, captioner, clip, say=print):
-    """Say how many captions fill a model's tokens: whatever is longer is cut there.
-
-    paper: not said. COCO's have 10 words; CLIP takes 77 tokens, BLIP up to 128 here.
-    """
+    """Say how many captions fill all tokens of a model, which cuts them there."""
     empty = clip.tokenizer([""])[0]
     for name, tokenize, limit, pad in (
             ("captioner", captioner.tokenize, captioner.max_length, captioner.pad),
@@ -1941,86 +1930,72 @@ def caption_files(hp):
     for path, caption in zip(hp.image, generate_captions(captioner, items, "captions", hp)):
         print(f"{path}: {caption}")
 
-class AsReleased(nn.Module):
-    """A captioner for rl_step that works as the released code does: for `bench`, at equal results.
-
-    An image encoder's pass for each of beam, greedy, GT and policy; log p one by one; GT padded.
+class AsReleased(BlipCaptioner):
+    """Works as the released code does: the image encoder runs for each of beam, greedy, GT and
+    policy captions, log p is computed one by one, GT is padded. Its "states" are the pixels.
     """
 
-    def __init__(self, captioner):
-        """captioner: the one to imitate; it stays shared."""
-        super().__init__()
-        self.captioner, self.tokenize = captioner, captioner.tokenize
-        self.detokenize = captioner.detokenize
-
-    @torch.no_grad()
     def generate(self, pixels, **how):
-        """pixels (B,3,h,w) in place of states -> tokens (B,T)."""
-        return self.captioner.generate(self.captioner.encode(pixels), **how)
+        """pixels (B,3,h,w) -> tokens (B,T)."""
+        with torch.no_grad():
+            return super().generate(self.encode(pixels), **how)
 
     def forward(self, pixels, decode):
-        """See Captioner.forward. GT comes first and gets 255 tokens (released code)."""
-        gt, *others = decode(pixels)
-        room = min(255, self.captioner.model.config.text_config.max_position_embeddings)
-        gt = F.pad(gt, (0, room - gt.shape[1]), value=self.captioner.pad)
-        return [self.captioner(pixels, lambda _: [tokens])[0] for tokens in (gt, *others)]
+        """See Captioner.forward."""
+        gt, policy = decode(pixels)
+        gt, one = F.pad(gt, (0, 255 - gt.shape[1]), value=self.pad), super().forward
+        return [one(pixels, lambda _: [tokens])[0] for tokens in (gt, policy)]
 
-def random_models(size, device):
-    """Captioner and FrozenClip of random weights: "toy", or "base" = BLIP-base 384 px, ViT-B/32."""
+def bench_case(hp):
+    """What rl_step takes, random: batch of n images, captioner, discriminator, CLIP, bank of 3n."""
     import open_clip
     from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
-    words, ends = " ".join(f"w{k}" for k in range(30520)), {"bos": 1, "sep": 2, "eos": 2, "pad": 0}
-    if size == "toy":
-        captioner = toy_captioner([words[:400]])
-        model = open_clip.CLIP(64, {"layers": 1, "width": 64, "image_size": 32, "patch_size": 16},
-                               {"width": 64, "heads": 2, "layers": 2})
-    else:  # BlipConfig() but for the ids of the four special tokens
-        config = BlipConfig(text_config={f"{name}_token_id": k for name, k in ends.items()})
-        captioner = BlipCaptioner(BlipForConditionalGeneration(config), word_tokenizer(
-            [words], 512), BlipImageProcessor(size={"height": 384, "width": 384}))
-        model = open_clip.create_model("ViT-B-32")
-    return captioner.to(device).eval(), FrozenClip(model, None, open_clip.get_tokenizer("ViT-B-32"),
-                                                   device)
+    # BlipConfig() is BLIP-base at 384 px; the ids are those of word_tokenizer.
+    ends = {"bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "image_size": 48,
+             "num_attention_heads": 2} if hp.size == "toy" else {}
+    config, n = BlipConfig(text_config=ends | small, vision_config=small), hp.batch_size
+    captioner = BlipCaptioner(BlipForConditionalGeneration(config).eval(), word_tokenizer(
+        [f"w{k}" for k in range(30520)], 512), BlipImageProcessor()).to(hp.device)
+    name = "ViT-S-32-alt" if hp.size == "toy" else "ViT-B-32"
+    clip = FrozenClip(open_clip.create_model(name), None, open_clip.get_tokenizer(name), hp.device)
+    rows, side = torch.arange(3 * n, device=hp.device), config.vision_config.image_size
+    captions = captioner.detokenize(torch.randint(4, 30524, (n, 11)))  # of ten words
+    batch = {"rows": rows[:n], "captions": captions, "t_gt": clip.encode_texts(captions),
+             "pixels": torch.randn(n, 3, side, side, device=hp.device)}
+    emb = F.normalize(torch.randn(3 * n, clip.dim, device=hp.device), dim=-1)
+    return (batch, captioner, Discriminator(clip.dim).to(hp.device), clip,
+            {"emb": emb, "ids": rows, "near": rows[n:].view(n, 2)})
 
-def bench(typed):
-    """`distcap.py bench`: RL steps on random weights, ours against the released code's way."""
-    hp = build_parser(real=True).parse_args(["train", "--device", typed.device])
-    vars(hp).update(vars(typed), tau=.01)
+def bench(hp):
+    """`distcap.py bench`: RL steps on random weights, then the same as the released code does."""
+    hp.__dict__ = vars(build_parser(real=True).parse_args(["train"])) | vars(hp) | {"tau": .01}
     setup_machine(hp)
     torch.manual_seed(hp.seed)
-    captioner, clip = random_models(hp.size, hp.device)
-    discriminator, n = Discriminator(clip.dim).to(hp.device), hp.batch_size
-    # Images of random embeddings and pixels, captions of ten random words; n * 3 images.
-    bank = {"emb": F.normalize(torch.randn(3 * n, clip.dim, device=hp.device), dim=-1),
-            "ids": torch.arange(3 * n, device=hp.device),
-            "near": torch.arange(n, 3 * n, device=hp.device).view(n, 2)}
-    size = captioner.image_processor.size
-    captions = [" ".join(f"w{k}" for k in torch.randint(90, (10,)).tolist()) for _ in range(n)]
-    batch = {"rows": bank["ids"][:n], "captions": captions, "t_gt": clip.encode_texts(captions),
-             "pixels": torch.randn(n, 3, size["height"], size["width"], device=hp.device)}
-    optimizer = torch.optim.AdamW(captioner.parameters(), 0., weight_decay=0.)  # steps stay alike
+    batch, captioner, *case = bench_case(hp)
+    optimizer = torch.optim.AdamW(captioner.parameters(), 0.)  # 0: all steps are alike
     whole, losses = [], []
-    for name, net in (("this file", captioner), ("as released", AsReleased(captioner))):
-        total = {"generation": 0., "scoring": 0., "update": 0.}
+    for kind in (BlipCaptioner, AsReleased):
+        captioner.__class__, total = kind, Counter()
         for step in range(hp.steps + 1):  # the first warms up
             with stopwatch("update", spent := {}, hp.device):
                 optimizer.zero_grad()
-                if net is not captioner:
-                    batch["t_gt"] = clip.encode_texts(captions)
+                if kind is AsReleased:
+                    batch["t_gt"] = case[1].encode_texts(batch["captions"])
                 with torch.autocast(torch.device(hp.device).type, torch.bfloat16, hp.bf16):
-                    loss, d_loss, info = rl_step(batch, net, discriminator, clip, bank, hp)
+                    loss, d_loss, info = rl_step(batch, captioner, *case, hp)
                 (loss + d_loss).backward()
                 optimizer.step()
-            spent |= {part: info[f"{part}_seconds"] for part in ("generation", "scoring")}
+            spent |= {k: info[f"{k}_seconds"] for k in ("generation", "scoring")}
             spent["update"] -= spent["generation"] + spent["scoring"]
-            total = {part: s + (step > 0) * spent[part] for part, s in total.items()}
-        print(f"{name}: ", end="")
+            total.update(spent if step else {})
+        print(f"{kind.__name__}: ", end="")
         print_speed(total, hp.steps, hp)
         whole.append(sum(total.values()))
         losses.append(loss.item())
-    print(f"{whole[1] / whole[0]:.2f} times as fast; the losses: {losses[0]:.6f}, {losses[1]:.6f}")
-    if not math.isclose(*losses, rel_tol=.01 if hp.bf16 else 1e-3):
-        raise UserError("bench: the two ways disagree; please report this")
+    print(f"{whole[1] / whole[0]:.2f} times as fast; losses {losses[0]:.6f} and {losses[1]:.6f}")
+    if not math.isclose(*losses, rel_tol=.02 if hp.bf16 else 1e-3):
+        raise UserError("bench: the losses differ; please report this")
 
 
 # ==================================================================================================
@@ -2471,8 +2446,8 @@ POSITIVE, WEIGHT = number(float, 0, above=True), number(float, 0)
 # Flag: type, default in the toy world, default on real data, help. A list is a choice; a bool makes
 # --flag and --no-flag. "paper:" is the paper's value, [C] where only the released code shows it.
 FLAGS = {"input and output": {
-    "data": (["toy", "karpathy", "coco", "folder"], "toy", "toy", "images and captions: see README"),
-    "annotations": (str, "", "", "caption files, with commas; folder: captions.json in --images"),
+    "data": (["toy", "karpathy", "coco", "folder"], "toy", "toy", "where images come from"),
+    "annotations": (str, "", "", "caption files, with commas; folder: in --images"),
     "images": (str, "", "", "image folders, likewise; toy: where to draw the world"),
     "run": (str, "runs/toy", "runs/real", "folder of results"),
     "cache": (str, "data/cache", "data/cache", "folder of CLIP embeddings"),
@@ -2657,8 +2632,8 @@ def check_run(hp):
     if not hp.rl_weight and not hp.wtf_weight:
         raise UserError("--rl-weight 0 --wtf-weight 0: nothing would be learned")
     if world != vars(hp).setdefault("processes", world):  # --resume brings that of the run
-        raise UserError(f"--resume: {run} was begun by {hp.processes} processes, not {world}; start "
-                        f"it by torchrun --nproc-per-node {hp.processes} -- distcap.py ...")
+        raise UserError(f"--resume: {run} was begun by {hp.processes} processes, not {world}; "
+                        f"launch it by torchrun --nproc-per-node {hp.processes} -- distcap.py ...")
     if rank or hp.resume:
         return
     try:
@@ -2686,7 +2661,7 @@ def load_items(hp):
     elif hp.data == "folder" and hp.images:
         paths = [hp.annotations or os.path.join(hp.images, "captions.json")]
     elif not hp.annotations or not hp.images:
-        raise UserError(f"--data {hp.data} needs --annotations and --images (folder: only --images)")
+        raise UserError(f"--data {hp.data} needs --annotations (a folder does not) and --images")
     say = print if rank_and_world()[0] == 0 else lambda line: None
     load = {"karpathy": load_karpathy, "folder": load_folder}.get(hp.data)
     return load(paths[0], folders[0], say) if load else load_coco(paths, folders, say)

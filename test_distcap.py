@@ -24,13 +24,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import distcap as m
 from distcap import (UserError, embed_images, embed_texts, load_coco, load_karpathy,
                      mine_neighbours, open_cache, open_image)
 
 HERE = Path(__file__).parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test looks for a network
 
 
 @pytest.fixture(autouse=True)
@@ -1240,6 +1241,164 @@ def test_tokens_go_there_and_back(step_case):
     assert captioner.tokenize(["a " * 500]).shape == (1, captioner.max_length)
 
 
+# -- Real models and data sets, tiny and random ----------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folders blip/ and clip/ as transformers and open_clip write them, with random weights."""
+    import open_clip
+    from transformers import (BertTokenizer, BlipConfig, BlipForConditionalGeneration,
+                              BlipImageProcessor)
+    folder = tmp_path_factory.mktemp("tiny")
+    letters = [chr(c) for c in range(33, 127)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *letters,
+             *("##" + c for c in letters), "cap", "same", "text"]
+    text = dict(vocab_size=len(words), hidden_size=32, encoder_hidden_size=32, intermediate_size=64,
+                num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64,
+                bos_token_id=5, sep_token_id=3, eos_token_id=3, pad_token_id=0)
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                  image_size=48, patch_size=16)
+    torch.manual_seed(0)
+    for part in (BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision)),
+                 BertTokenizer(vocab={word: k for k, word in enumerate(words)}),
+                 BlipImageProcessor(size={"height": 48, "width": 48})):
+        part.save_pretrained(folder / "blip")
+    config = {"embed_dim": 16,
+              "vision_cfg": {"layers": 1, "width": 64, "image_size": 32, "patch_size": 16},
+              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2,
+                           "layers": 1}}
+    (folder / "clip").mkdir()
+    save_file(open_clip.CLIP(**config).state_dict(), folder / "clip/open_clip_model.safetensors")
+    (folder / "clip/open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    return folder
+
+
+def real(photos, tiny, name, *more):
+    """Flags of a train command on the ten photos."""
+    return list(map(str, ["train", "--data", "karpathy", "--annotations", photos / "k.json",
+                          "--images", photos / "img", "--captioner", tiny / "blip", "--clip",
+                          tiny / "clip", "--cache", photos / "cache", "--run", photos / name,
+                          "--steps", 3, "--batch-size", 2, "--disc-steps", 3, "--max-new-tokens", 6,
+                          "--workers", 0, "--eval-every", 2, *more]))
+
+
+def test_real_models_go_through_train_eval_and_caption(photos, tiny, monkeypatch, capsys):
+    """Only the loaders differ from the toy world; transformers alone loads the result."""
+    from transformers import BlipForConditionalGeneration
+    monkeypatch.setattr(m, "find_java", lambda: (None, "no Java in this test"))
+    data = json.loads((photos / "k.json").read_text())
+    data["images"][0]["sentences"].append({"raw": "cap " * 500})
+    (photos / "k.json").write_text(json.dumps(data))
+    assert m.main(real(photos, tiny, "run", "--tf-steps", 2)) == 0
+    out = capsys.readouterr().out
+    assert "1 captions are cut at the captioner's 64 tokens" in out
+    assert "1 captions are cut at the CLIP's 77 tokens" in out and "images/s" in out
+    run = photos / "run"
+    model, info = BlipForConditionalGeneration.from_pretrained(run / "captioner",
+                                                               output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ours = m.load_captioner(str(run / "captioner"))
+    pixels = torch.stack([ours.prepare(open_image(photos / f"img/{n}.png")) for n in range(2)])
+    tokens = ours.generate(ours.encode(pixels), num_beams=3, max_new_tokens=6)
+    theirs = model.eval().generate(pixels, num_beams=3, max_new_tokens=6)
+    assert ours.detokenize(tokens) == ours.tokenizer.batch_decode(theirs[:, 1:],
+                                                                  skip_special_tokens=True)
+    before = (run / "metrics.json").read_text()
+    assert m.main(["eval", "--run", str(run)]) == 0 and (run / "metrics.json").read_text() == before
+    assert m.main(["caption", f"{photos}/img/1.png", "--run", str(run)]) == 0
+    assert "1.png: " in capsys.readouterr().out
+    config = json.loads((run / "config.json").read_text())
+    m.write_json(run / "config.json", config | {"flags": config["flags"] | {"processes": 3}})
+    assert m.main(["train", "--resume", "--run", str(run)]) == 2
+    assert "begun by 3 processes, not 1" in capsys.readouterr().err
+
+
+def test_captioners_eat_what_their_processor_makes(photos, tiny):
+    from transformers import AutoImageProcessor
+    image = Image.effect_noise((70, 51), 90).convert("RGB")
+    ours = m.load_captioner(str(tiny / "blip")).prepare(image)
+    theirs = AutoImageProcessor.from_pretrained(tiny / "blip")(image, return_tensors="pt")
+    assert (ours - theirs["pixel_values"][0]).abs().max() < .03
+
+
+def test_checkpointed_layers_run_twice_and_give_the_same_gradients(tiny):
+    captioner, pixels = m.load_captioner(str(tiny / "blip")).eval(), torch.randn(2, 3, 48, 48)
+    tokens, grads, calls = captioner.tokenize(["same text", "cap"]), [], []
+    captioner.model.text_decoder.bert.encoder.layer[1].attention.register_forward_hook(
+        lambda *_: calls.append(1))
+    for again in (False, True):
+        if again:
+            m.checkpoint_layers(captioner)
+        captioner.zero_grad()
+        captioner(pixels, lambda states: [tokens])[0].sum().backward()
+        grads.append([p.grad.clone() for p in captioner.parameters() if p.grad is not None])
+    assert len(calls) == 1 + 2
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+    assert captioner.generate(captioner.encode(pixels), max_new_tokens=4).shape[0] == 2
+
+
+def test_missing_and_damaged_models_are_named(tiny, tmp_path, capfd):
+    import open_clip
+    for name in ("empty", "cut", "other", "bare"):
+        shutil.copytree(tiny / "blip", tmp_path / name)
+    os.truncate(tmp_path / "cut/model.safetensors", 999)
+    os.remove(tmp_path / "empty/config.json")
+    os.remove(tmp_path / "bare/model.safetensors")
+    (tmp_path / "other/config.json").write_text('{"model_type": "bert"}')
+    for name, message in [("no/such-model", "no model.safetensors .*toy world"),
+                          (tmp_path / "empty", "no config.json"),
+                          (tmp_path / "bare", "no model.safetensors"),
+                          (tmp_path / "cut", "cannot be loaded"), (tmp_path / "other", "not blip")]:
+        with pytest.raises(UserError, match=message) as caught:
+            m.load_captioner(str(name))
+        assert str(name) in str(caught.value) and "\n" not in str(caught.value)
+    config = json.loads((tiny / "clip/open_clip_config.json").read_text())["model_cfg"]
+    for name, quick in (("tiny-test", False), ("tiny-test-quickgelu", True)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(config | {"quick_gelu": quick}))
+        open_clip.add_model_config(tmp_path / f"{name}.json")
+    weights = tmp_path / "from_openai.safetensors"
+    shutil.copy(tiny / "clip/open_clip_model.safetensors", weights)
+    with pytest.raises(UserError, match="openai.*cannot be loaded.*vit_base_patch32.*toy world"):
+        m.load_clip("ViT-B-32", "openai", "cpu")
+    assert capfd.readouterr() == ("", "")
+    m.load_clip("tiny-test-quickgelu", str(weights), "cpu")
+    assert capfd.readouterr().out == ""
+    m.load_clip("tiny-test", str(weights), "cpu")
+    assert "need quick-GELU: --clip tiny-test-quickgelu" in capfd.readouterr().out
+
+
+def test_a_folder_of_images(photos):
+    table = {f"{n}.png": [f"cap {n}", "same text"] for n in range(10)}
+    path = photos / "img/captions.json"
+    path.write_text(json.dumps(table))
+    hp = types.SimpleNamespace(data="folder", annotations="", images=f"{photos}/img")
+    splits = m.load_items(hp)
+    assert [len(items) for items in splits.values()] == [8, 1, 1]
+    items = sum(splits.values(), [])
+    assert sorted(item["image_id"] for item in items) == list(range(10))
+    assert {os.path.basename(i["file"]): i["captions"] for i in items} == table
+    path.write_text(json.dumps(dict(reversed([*table.items()]))))        # order plays no part
+    assert [i["file"] for i in m.load_items(hp)["test"]] == [i["file"] for i in splits["test"]]
+    for bad, message in [('{"a.png": "no list"}', "not {file name"), ("[1]", "not {file name"),
+                         ('{"a.png": ["x"]}', "no image in split"), ("{", "broken"),
+                         ('{"a": ["x"], "b": ["x"], "c": []}', "no caption")]:
+        path.write_text(bad)
+        with pytest.raises(UserError, match=message):
+            m.load_folder(str(path), f"{photos}/img")
+
+
+def test_bench_compares_equal_steps(capsys, monkeypatch):
+    passes, encode = [], m.BlipCaptioner.encode
+    monkeypatch.setattr(m.BlipCaptioner, "encode", lambda *a: passes.append(1) or encode(*a))
+    assert m.main(["bench", "--size", "toy", "--batch-size", "2", "--steps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("images/s") == 2 and len(passes) == 2 * 1 + 2 * 4
+    a, b = map(float, re.findall(r"losses (.*) and (.*)", out)[0])
+    assert a == pytest.approx(b, rel=1e-3)
+
+
 # -- Flags, README, mistakes -----------------------------------------------------------------------
 
 
@@ -1325,7 +1484,7 @@ def test_two_processes_make_the_steps_of_one(workplace):
     """Gradients, weights and captions after 3 RL steps: torchrun with 2 processes against 1."""
     runs = []
     for n in (1, 2):
-        runs.append(start_like(workplace, f"p{n}", "rl", steps=3, eval_every=99))
+        runs.append(start_like(workplace, f"p{n}", "rl", steps=3, eval_every=99, processes=n))
         launch = [] if n == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", "2",
                                     "--master-port", "29541", "--"]
         done = subprocess.run([sys.executable, *launch, str(HERE / "distcap.py"), "train",
