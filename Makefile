@@ -5,9 +5,8 @@ ARGS   ?=
 SEEDS  ?= 3
 PY     := .venv/bin/python
 
-.PHONY: help train eval test study spice coco spice
+.PHONY: help train eval test study spice coco
 
-.PHONY: help train eval test study spice coco coco
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 

@@ -12,6 +12,7 @@ Captions in CLIP Guided Reinforcement Learning" (ICIP 2024).
     python distcap.py caption photo.jpg --run runs/toy # a caption for an image file
     python distcap.py train --data karpathy --annotations dataset_coco.json --images coco/ \
         --captioner Salesforce/blip-image-captioning-base --tf-steps 0 --run runs/coco
+    python distcap.py train --preset paper --data ...  # OFA-tiny and the paper's constants
     torchrun --nproc-per-node 4 -- distcap.py train ...  # the same step on four GPUs
 
 From the paper to the code
@@ -394,21 +395,31 @@ def checkpoint_layers(model):
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 def load_captioner(name, prompt=""):
-    """Hub name or local folder of the BLIP family -> Captioner. UserError names what is missing."""
+    """Hub name or local folder of BLIP or OFA -> Captioner. UserError names what is missing."""
     from transformers import AutoImageProcessor, AutoTokenizer, BlipForConditionalGeneration
     from transformers.utils import cached_file
+
+    def need(*files):  # -> path of the last one
+        for file in files:
+            try:
+                os.stat(path := cached_file(name, file) or "")
+            except (OSError, ValueError):
+                raise UserError(f"--captioner {name}: no {file} in a folder of that name or in the "
+                                "cache of the Hugging Face hub, nor can it be downloaded now; the "
+                                "toy world (--data toy) needs none") from None
+        return path
+
     try:
-        for file in ("model.safetensors", "preprocessor_config.json", "tokenizer_config.json",
-                     "config.json"):  # other formats of weights may run code when opened
-            os.stat(path := cached_file(name, file) or "")
-    except (OSError, ValueError):
-        raise UserError(f"--captioner {name}: no {file} in a folder of that name or in the cache "
-                        "of the Hugging Face hub, nor can it be downloaded now; the toy world "
-                        "(--data toy) needs none") from None
-    try:
-        config = json.loads(Path(path).read_text("utf-8"))
+        config = json.loads(Path(need("config.json")).read_text("utf-8"))
+        if config.get("model_type") == "ofa":
+            if prompt:
+                raise UserError(f"--prompt: OFA's is fixed; leave the flag out with {name}")
+            need("vocab.json", "merges.txt")
+            return load_ofa(name)
         if config.get("model_type") != "blip":
-            raise ValueError(f"of type {config.get('model_type')!r}, not blip")
+            raise ValueError(f"of type {config.get('model_type')!r}, not blip or ofa")
+        # Other formats of weights may run code when they are opened.
+        need("preprocessor_config.json", "tokenizer_config.json", "model.safetensors")
         if "toy_side" in config:
             from safetensors.torch import load_model
             model = toy_blip(config["text_config"], config["toy_side"])
@@ -417,6 +428,8 @@ def load_captioner(name, prompt=""):
             model = BlipForConditionalGeneration.from_pretrained(name, use_safetensors=True)
         return BlipCaptioner(model, AutoTokenizer.from_pretrained(name),
                              AutoImageProcessor.from_pretrained(name), prompt)
+    except UserError:
+        raise
     except Exception as error:  # many kinds, one meaning: a file is damaged, or of another model
         raise UserError(f"--captioner {name}: cannot be loaded ("
                         f"{' '.join(str(error).split())[:200]}); fetch its files again") from None
@@ -2159,20 +2172,20 @@ def draw_study(folder, table):
 # ==================================================================================================
 # Appendix. OFA, the paper's captioner
 # ==================================================================================================
-# No maintained library has OFA (Wang et al. 2022, arXiv 2202.03052). An encoder reads the patches of
-# a ResNet and a question, a decoder writes the caption; one matrix embeds their tokens and predicts
+# No maintained library has OFA (Wang et al. 2022, arXiv 2202.03052). An encoder reads a ResNet's
+# patches and a question, a decoder writes the caption; one matrix embeds their tokens and predicts
 # them. Positions act only as biases on attention logits. Names are the published checkpoints'.
-# d = d_model, h heads, n = N patches + tokens of the question, U tokens of a row, R rows.
+# d = d_model, h heads, n = N patches + tokens of the question, U tokens of a row.
 
 OFA_SIZES = {  # d, layers of each stack, heads, ResNet, image side [C]; source: OFA's model card
     "tiny": (256, 4, 4, "resnet50", 256), "medium": (512, 4, 8, "resnet101", 256),
     "base": (768, 6, 12, "resnet101", 384), "large": (1024, 12, 16, "resnet152", 480)}
 OFA_TRUNKS = {"resnet50": (3, 4, 6), "resnet101": (3, 4, 23), "resnet152": (3, 8, 36)}
+OFA_TIED = ("decoder.embed_tokens.weight", "decoder.output_projection.weight")
 OFA_RENAMES = {  # parts of names in the original fairseq checkpoints
     "attn_ln": "self_attn_mid_layer_norm", "self_attn_ln": "self_attn_mid_layer_norm",
     "cross_attn_ln": "cross_attn_mid_layer_norm", "ffn_layernorm": "ffn_layer_norm",
     "encoder_attn": "cross_attn", "encoder_attn_layer_norm": "cross_attn_layer_norm"}
-OFA_QUESTION = " what does the image describe?"  # paper: this prompt [C]; its first blank counts
 
 def ofa_config(size):
     """The config of OFA "tiny", "medium", "base" or "large"."""
@@ -2190,211 +2203,175 @@ def token_buckets(length, size):
     far = (r.abs().clamp(min=1) / half).log() / math.log(1023 / half) * (half - 1)
     return torch.where(r.abs() <= half, r, r.sign() * (far.ceil().long() + half)) + size - 1
 
-def image_buckets(cells, size):
-    """Offsets (dy, dx) of the patches at cells (N,) = y * size + x as rows of a table. -> (N,N)."""
-    y, x = cells // size, cells % size
-    dy, dx = y[:, None] - y + size - 1, x[:, None] - x + size - 1
-    return dy * (2 * size - 1) + dx
+class OFALayer(nn.ModuleDict):
+    """Pre-norm, with NormFormer's extras: a gain a head, LayerNorms behind attention and fc1."""
 
-class OFAAttention(nn.Module):
-    """softmax(q k / sqrt(2 d / h) + bias) v, with a learned gain for each head (NormFormer)."""
-
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, inner, dropout, names):
         super().__init__()
-        self.heads, self.c_attn = heads, nn.Parameter(torch.ones(heads))
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            self.add_module(name, nn.Linear(width, width))
-
-    def keys(self, x):
-        """x (B,n,d) -> keys, values: (B,h,n,d/h) each."""
-        return [p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                for p in (self.k_proj, self.v_proj)]
-
-    def forward(self, x, k, v, bias):
-        """x (B,n,d) attends to k, v (B,h,m,d/h) under bias (1 or B,h,1 or n,m). -> (B,n,d)."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype),
-                                           scale=(2 * q.shape[-1]) ** -.5)
-        return self.out_proj((y * self.c_attn[:, None, None]).transpose(1, 2).flatten(2))
-
-class OFALayer(nn.Module):
-    """Pre-norm layer with NormFormer's further LayerNorms: after attention, inside the MLP."""
-
-    def __init__(self, width, heads, inner, dropout, kinds):
-        super().__init__()
-        for kind in kinds:  # "self_attn" and, in the decoder, "cross_attn"
-            self.add_module(kind, OFAAttention(width, heads))
-            self.add_module(f"{kind}_layer_norm", nn.LayerNorm(width))
-            self.add_module(f"{kind}_mid_layer_norm", nn.LayerNorm(width))
+        for name in names:  # "self_attn" and, in the decoder, "cross_attn"
+            self[name] = nn.ModuleDict({f"{x}_proj": nn.Linear(width, width)
+                                        for x in ("q", "k", "v", "out")})
+            self[name].c_attn = nn.Parameter(torch.ones(heads))
+            self[f"{name}_layer_norm"] = nn.LayerNorm(width)
+            self[f"{name}_mid_layer_norm"] = nn.LayerNorm(width)
         self.fc1, self.fc2 = nn.Linear(width, inner), nn.Linear(inner, width)
         self.final_layer_norm, self.ffn_layer_norm = nn.LayerNorm(width), nn.LayerNorm(inner)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x, bias, past=None, cross=None, cross_bias=None):
-        """x (R,n,d) -> the same shape; its keys and values behind those of `past`."""
-        y = self.self_attn_layer_norm(x)
-        kv = self.self_attn.keys(y)
-        if past is not None:
-            kv = [torch.cat(pair, 2) for pair in zip(past, kv)]
-        x = x + self.drop(self.self_attn_mid_layer_norm(self.self_attn(y, *kv, bias)))
-        if cross is not None:  # keys and values of B images
-            # The beams of an image become queries of one row, so its keys are never copied.
-            y = self.cross_attn_layer_norm(x).view(len(cross[0]), -1, x.shape[-1])
-            y = self.cross_attn(y, *cross, cross_bias).view(x.shape)
-            x = x + self.drop(self.cross_attn_mid_layer_norm(y))
-        y = self.ffn_layer_norm(F.gelu(self.fc1(self.final_layer_norm(x))))
-        return x + self.drop(self.fc2(y)), kv
+    def attend(self, name, x, bias, cache, memory=None):
+        """x (R,n,d) + what it reads from memory (B,m,d) or, if None, from itself and the cache."""
+        def split(part, x):
+            return net[part](x).unflatten(-1, (len(net.c_attn), -1)).transpose(1, 2)  # (B,h,n,d/h)
+
+        net, y = self[name], self[f"{name}_layer_norm"](x)
+        if memory is None or name not in cache:
+            kv = [split(part, y if memory is None else memory) for part in ("k_proj", "v_proj")]
+            cache[name] = [torch.cat(x, 2) for x in zip(cache[name], kv)] if name in cache else kv
+        # The beams of an image become queries of one row, so its keys are never copied.
+        q = split("q_proj", y.view(len(cache[name][0]), -1, y.shape[-1]))
+        y = F.scaled_dot_product_attention(q, *cache[name], bias.to(q.dtype),
+                                           scale=(2 * q.shape[-1]) ** -.5)
+        y = net.out_proj((y * net.c_attn[:, None, None]).transpose(1, 2).flatten(2))
+        return x + self.drop(self[f"{name}_mid_layer_norm"](y.view(x.shape)))
+
+    def forward(self, x, bias, cache, memory=None, cross_bias=None):
+        """x (R,n,d) -> the same shape. Biases: (1 or B,h,n,m). cache: a dict, filled here."""
+        x = self.attend("self_attn", x, bias, cache)
+        if memory is not None:
+            x = self.attend("cross_attn", x, cross_bias, cache, memory)
+        return x + self.drop(self.fc2(self.ffn_layer_norm(F.gelu(self.fc1(
+            self.final_layer_norm(x))))))
 
 class OFAStack(nn.Module):
-    """The parameters of the encoder or decoder, and the biases that they share."""
+    """The encoder's or decoder's (kind) parameters. relations: names of its position biases."""
 
-    def __init__(self, config, kind, norms, relations, attentions):
-        """norms, relations, attentions: names; relations are those of absolute positions."""
+    def __init__(self, config, kind, tokens, relations, norm):
         super().__init__()
-        width, heads, layers, size = (config[key] for key in (
-            "d_model", f"{kind}_attention_heads", f"{kind}_layers", "image_bucket_size"))
+        width, size, heads, layers, inner = (config[key] for key in (
+            "d_model", "image_bucket_size", f"{kind}_attention_heads", f"{kind}_layers",
+            f"{kind}_ffn_dim"))
         self.heads, self.scale = heads, (width / heads * config["attn_scale_factor"]) ** -.5
+        self.embed_tokens, self.drop = tokens, nn.Dropout(config["dropout"])
         self.embed_positions = nn.Embedding(config["max_position_embeddings"] + 2, width)
         self.embed_image_positions = nn.Embedding(size ** 2 + 1, width)
-        for name in ("layernorm_embedding", "pos_ln", "image_pos_ln", "layer_norm", *norms):
+        for name in ("layernorm_embedding", "pos_ln", "image_pos_ln", "layer_norm", norm):
             self.add_module(name, nn.LayerNorm(width))
-        for name in relations:
-            self.add_module(f"{name}_q_linear", nn.Linear(width, width))
-            self.add_module(f"{name}_k_linear", nn.Linear(width, width))
-        self.drop = nn.Dropout(config.get("dropout", .1))
-        self.layers = nn.ModuleList(OFALayer(width, heads, config[f"{kind}_ffn_dim"], self.drop.p,
-                                             attentions) for _ in range(layers))
+        for name, x in product(relations, "qk"):
+            self.add_module(f"{name}_{x}_linear", nn.Linear(width, width))
+        self.layers = nn.ModuleList(OFALayer(width, heads, inner, config["dropout"], (
+            "self_attn", "cross_attn")[:len(relations)]) for _ in range(layers))
         self.token_rel_pos_table_list, self.image_rel_pos_table_list = (
             nn.ModuleList(nn.Embedding(rows, heads) for _ in range(layers)) for rows in
             (2 * config["token_bucket_size"] - 1, (2 * size - 1) ** 2 + 3))
 
     def absolute_bias(self, relation, q, k):
         """Position vectors q (n,d), k (m,d) -> (h,n,m), one for all layers."""
-        q, k = (self.get_submodule(f"{relation}_{x}_linear")(p).unflatten(-1, (self.heads, -1))
-                for x, p in (("q", q), ("k", k)))
+        q, k = (self.get_submodule(f"{relation}_{x}_linear")(at).unflatten(-1, (self.heads, -1))
+                for x, at in (("q", q), ("k", k)))
         return torch.einsum("nhc,mhc->hnm", q * self.scale, k)
 
 class OFA(nn.Module):
     """The whole network. config: a dict as of ofa_config; other keys are ignored."""
 
     def __init__(self, config, freeze_bn=True):
-        """freeze_bn: BatchNorm keeps its running statistics and uses them, in training too."""
+        """freeze_bn: BatchNorm is a fixed affine map, in training too."""
         from torchvision.models.resnet import Bottleneck, ResNet
+        from torchvision.ops import FrozenBatchNorm2d
         super().__init__()
-        self.config, self.freeze_bn, width = config, freeze_bn, config["d_model"]
-        self.encoder = OFAStack(config, "encoder", ["patch_layernorm_embedding"], ["pos"],
-                                ["self_attn"])
-        self.decoder = OFAStack(config, "decoder", ["code_layernorm_embedding"],
-                                ["self_pos", "cross_pos"], ["self_attn", "cross_attn"])
+        self.config = config = ofa_config("tiny") | config
+        width, tokens = config["d_model"], nn.Embedding(config["vocab_size"], config["d_model"])
+        self.encoder = OFAStack(config, "encoder", tokens, ["pos"], "patch_layernorm_embedding")
+        self.decoder = OFAStack(config, "decoder", tokens, ["self_pos", "cross_pos"],
+                                "code_layernorm_embedding")
         self.encoder.type_embedding = nn.Embedding(2, width)
-        trunk = ResNet(Bottleneck, [*OFA_TRUNKS[config["resnet_type"]], 1])
-        self.encoder.embed_images = nn.Sequential()
-        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"):
-            self.encoder.embed_images.add_module(name, getattr(trunk, name))
         self.encoder.image_proj = nn.Linear(1024, width)
-        tokens = self.encoder.embed_tokens = self.decoder.embed_tokens = nn.Embedding(
-            config["vocab_size"], width)
-        self.decoder.output_projection = nn.Linear(width, config["vocab_size"], bias=False)
+        self.decoder.output_projection = nn.Linear(width, len(tokens.weight), bias=False)
         self.decoder.output_projection.weight = tokens.weight
-        for part in self.modules():
-            if isinstance(part, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(part.weight, std=.02)
-                if getattr(part, "bias", None) is not None:
-                    nn.init.zeros_(part.bias)
-        # For drawing images; DistributedDataParallel would wait for their gradients.
-        for name in ("code_layernorm_embedding", "embed_image_positions", "image_pos_ln",
-                     "image_rel_pos_table_list"):
-            self.decoder.get_submodule(name).requires_grad_(False)
-
-    def train(self, mode=True):
-        """DEPARTS: BatchNorm is frozen. In train mode it makes a caption's log p depend on the
-        rest of the batch and moves the statistics that decoding uses; released code does both.
-        """
-        super().train(mode)
-        self.encoder.embed_images.train(mode and not self.freeze_bn)
-        return self
+        # DEPARTS: live BatchNorm would make log p of a caption depend on the rest of the batch and
+        # move the statistics that decoding uses; the released code lets it do both.
+        trunk = ResNet(Bottleneck, [*OFA_TRUNKS[config["resnet_type"]], 1],
+                       norm_layer=FrozenBatchNorm2d if freeze_bn else None)
+        self.encoder.embed_images = nn.Sequential()
+        for name, part in [*trunk.named_children()][:7]:  # conv1 to layer3: 16 pixels a patch
+            self.encoder.embed_images.add_module(name, part)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                nn.init.normal_(weight, std=.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
+            # They draw images; DistributedDataParallel would wait for their gradients.
+            weight.requires_grad_(not re.match(r"decoder\.(code|embed_image|image)_", name))
 
     def encode(self, images, tokens):
         """images (B,3,s,s), tokens (B,T) -> x (B,n,d), positions (n,d), pad (B,n); reusable."""
-        net, size = self.encoder, self.config["image_bucket_size"]
+        net, size, T = self.encoder, self.config["image_bucket_size"], tokens.shape[1]
         grid = net.embed_images(images)  # (B,1024,s/16,s/16)
         patches = net.image_proj(grid.flatten(2).mT) + net.type_embedding.weight[1]
         words = net.embed_tokens(tokens) + net.type_embedding.weight[0]
         x = net.drop(torch.cat([net.patch_layernorm_embedding(patches),
                                 net.layernorm_embedding(words)], 1))
-        cells = torch.arange(size ** 2, device=x.device).view(size, size)[
-            :grid.shape[2], :grid.shape[3]].flatten()
-        at = torch.cat([net.image_pos_ln(net.embed_image_positions(cells + 1)),
-                        net.pos_ln(net.embed_positions.weight[:tokens.shape[1]])])
-        shared, pad = net.absolute_bias("pos", at, at), F.pad(tokens == 1, (len(cells), 0))
+        high, wide = (torch.arange(side, device=x.device) for side in grid.shape[2:])
+        place = (size * high[:, None] + wide).flatten()  # (N,)
+        at = torch.cat([net.image_pos_ln(net.embed_image_positions(place + 1)),
+                        net.pos_ln(net.embed_positions.weight[:T])])
+        shared, pad = net.absolute_bias("pos", at, at), F.pad(tokens == 1, (len(place), 0))
         if pad.any():
-            x = x.masked_fill(pad[..., None], 0)
             shared = shared.masked_fill(pad[:, None, None], -torch.inf)  # (B,h,n,n)
-        near = image_buckets(cells, size)
-        far = token_buckets(tokens.shape[1], self.config["token_bucket_size"]).to(x.device)
+        # Offset of two patches as a row: (dy + size - 1) * (2 * size - 1) + dx + size - 1.
+        place = ((2 * size - 1) * high[:, None] + wide).flatten()
+        near = place[:, None] - place + 2 * size * (size - 1)  # (N,N)
+        far = token_buckets(T, self.config["token_bucket_size"]).to(x.device)
         for layer, image, token in zip(net.layers, net.image_rel_pos_table_list,
                                        net.token_rel_pos_table_list):
-            bias = F.pad(image(near).permute(2, 0, 1), (0, len(far)) * 2) + F.pad(
-                token(far).permute(2, 0, 1), (len(near), 0) * 2)  # (h,n,n)
-            x, _ = layer(x, (shared + bias).view(-1, *bias.shape))
+            bias = F.pad(image(near).permute(2, 0, 1), (0, T) * 2) + F.pad(
+                token(far).permute(2, 0, 1), (len(place), 0) * 2)  # (h,n,n)
+            x = layer(x, (shared + bias).view(-1, *bias.shape), {})
         return net.layer_norm(x), at, pad
 
-    def begin(self, states, length):
-        """What the steps of rows of U = length tokens share, and an empty cache."""
-        (x, at, pad), net = states, self.decoder
-        own = net.pos_ln(net.embed_positions.weight[:length])
-        future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-        shared = net.absolute_bias("self_pos", own, own).masked_fill(future, -torch.inf)
-        cross = net.absolute_bias("cross_pos", own, at)[None]  # (1,h,U,n)
+    def decode(self, states, tokens, caches=None):
+        """tokens (R,U) -> logits (R,u,V) of the u that are new to caches: a dict a layer, or None.
+        """
+        (memory, at, pad), net, U = states, self.decoder, tokens.shape[1]
+        caches = caches or [{} for _ in net.layers]
+        seen = caches[0]["self_attn"][0].shape[2] if caches[0] else 0
+        own = net.pos_ln(net.embed_positions.weight[:U])
+        far = token_buckets(U, self.config["token_bucket_size"])[seen:].to(own.device)
+        future = torch.ones_like(far, dtype=torch.bool).triu(1 + seen)
+        shared = net.absolute_bias("self_pos", own[seen:], own).masked_fill(future, -torch.inf)
+        cross = net.absolute_bias("cross_pos", own[seen:], at)[None]  # (1,h,u,n)
         if pad.any():
             cross = cross.masked_fill(pad[:, None, None], -torch.inf)
-        near = token_buckets(length, self.config["token_bucket_size"]).to(x.device)
-        return {"bias": [(shared + table(near).permute(2, 0, 1))[None]
-                         for table in net.token_rel_pos_table_list], "cross_bias": cross,
-                "cross": [layer.cross_attn.keys(x) for layer in net.layers],
-                "past": [None] * len(net.layers)}
-
-    def step(self, tokens, cache):
-        """tokens (R,u) behind those in the cache -> logits (R,u,V); the cache grows."""
-        net, past = self.decoder, cache["past"]
-        seen = 0 if past[0] is None else past[0][0].shape[2]
-        rows = slice(seen, seen + tokens.shape[1])
-        x = net.drop(net.layernorm_embedding(net.embed_tokens(tokens)))
-        for k, layer in enumerate(net.layers):
-            x, past[k] = layer(x, cache["bias"][k][:, :, rows, :rows.stop], past[k],
-                               cache["cross"][k], cache["cross_bias"][:, :, rows])
+        x = net.drop(net.layernorm_embedding(net.embed_tokens(tokens[:, seen:])))
+        for layer, table, cache in zip(net.layers, net.token_rel_pos_table_list, caches):
+            x = layer(x, (shared + table(far).permute(2, 0, 1))[None], cache, memory, cross)
         return net.output_projection(net.layer_norm(x))
 
     def forward(self, patch_images, input_ids, decoder_input_ids):
         """(B,3,s,s), (B,T), (B,U) -> logits (B,U,V)."""
-        states = self.encode(patch_images, input_ids)
-        return self.step(decoder_input_ids, self.begin(states, decoder_input_ids.shape[1]))
+        return self.decode(self.encode(patch_images, input_ids), decoder_input_ids)
 
     @torch.no_grad()
     def generate(self, states, num_beams=1, sample=False, no_repeat_ngram=0, max_new_tokens=50,
                  length_penalty=1.):
-        """The best beams (B,U): bos, words, eos, pads. Scores: log p / length ** length_penalty.
+        """The best beams (B,U): bos 0, words, eos 2, pads 1; by log p / length ** length_penalty.
 
-        As the released code's version of transformers searches: one beam is greedy search, and on
-        log p + Gumbel noise that is a sample of p. Dropout is off whatever the mode.
+        As the released code's version of transformers searches. One beam is greedy search; greedy
+        search on log p + Gumbel noise is a sample of p. Dropout is off whatever the mode.
         """
-        mode, last, K, n = self.training, max_new_tokens, num_beams, no_repeat_ngram
+        mode, K, n, B = self.training, num_beams, no_repeat_ngram, len(states[0])
+        last = min(max_new_tokens, self.config["max_position_embeddings"])
         self.eval()
-        cache, device, B = self.begin(states, last), states[0].device, len(states[0])
-        rows = torch.ones(B, K, last + 1, dtype=torch.long, device=device)  # pads
-        rows[..., 0], best = 0, rows
-        total = torch.tensor([0.] + [-1e9] * (K - 1), device=device).expand(B, K)
-        closed, done = torch.full_like(total, -torch.inf), torch.zeros_like(total[:, 0]).bool()
-
-        def pick(x, places):
-            return x.gather(1, places[..., None].expand(-1, -1, last + 1))
-
+        caches = [{} for _ in self.decoder.layers]
+        rows = best = F.pad(states[2].new_zeros(B, K, 1).long(), (0, last), value=1)
+        total = torch.tensor([0.] + [-1e9] * (K - 1), device=rows.device).expand(B, K)
+        closed = torch.full_like(total, -torch.inf)
         for u in range(1, last + 1):
-            tokens = rows[:, :, :u].flatten(0, 1)  # (R,u), R = B * K
-            logits = self.step(tokens[:, -1:], cache)[:, -1]
+            tokens = rows[..., :u].flatten(0, 1)  # (BK,u)
+            logits = self.decode(states, tokens, caches)[:, -1]
             log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            log_p[:, 1] = -torch.inf  # a pad is no word
             if 0 < n <= u:
-                grams = tokens.unfold(1, n, 1)  # (R,u-n+1,n)
+                grams = tokens.unfold(1, n, 1)  # (BK,u-n+1,n)
                 row, k = (grams[..., :-1] == tokens[:, None, u - n + 1:]).all(-1).nonzero().mT
                 log_p[row, grams[row, k, -1]] = -torch.inf
             if sample:
@@ -2403,22 +2380,94 @@ class OFA(nn.Module):
                 log_p[:], log_p[:, 2] = -torch.inf, 0.
             top, place = (total[..., None] + log_p.view(B, K, -1)).flatten(1).topk(2 * K)
             beam, word = place // log_p.shape[1], place % log_p.shape[1]  # (B,2K)
-            rows = pick(rows, beam)
+            rows = rows.take_along_dim(beam[..., None], 1)
             rows[..., u] = word
             # An eos among the K best closes its row; the K best closed rows are kept.
             ends, worth = (word == 2) | (u == last), top / u ** length_penalty
-            new = worth.masked_fill(~ends | done[:, None], -torch.inf)[:, :K]
+            new = worth.masked_fill(~ends, -torch.inf)[:, :K]
             closed, keep = torch.cat([closed, new], 1).topk(K)
-            best = pick(torch.cat([best, rows[:, :K]], 1), keep)
-            done = done | (closed[:, -1] >= worth[:, 0])
+            best = torch.cat([best, rows[:, :K]], 1).take_along_dim(keep[..., None], 1)
+            done = closed[:, -1:] >= worth[:, :1]  # no open row can win any more
             if done.all():
                 break
-            go = ends.int().argsort(dim=1, stable=True)[:, :K]  # the best open ones go on
-            total, rows, beam = top.gather(1, go), pick(rows, go), beam.gather(1, go)
-            flat = (torch.arange(B, device=device)[:, None] * K + beam).flatten()
-            cache["past"] = [[x[flat] for x in kv] for kv in cache["past"]]
+            total, go = top.masked_fill(ends | done, -torch.inf).topk(K)  # the best open rows
+            rows = rows.take_along_dim(go[..., None], 1)
+            source = beam.gather(1, go) + K * torch.arange(B, device=go.device)[:, None]
+            for cache in caches:
+                cache["self_attn"] = [x[source.flatten()] for x in cache["self_attn"]]
         self.train(mode)
         return best[:, 0, :(best[:, 0] != 1).any(0).sum()]
+
+class OFACaptioner(Captioner):
+    """OFA behind the contract, asked what the image describes."""
+
+    # paper: captions are tokenised without OFA's own leading blank, punctuation kept [C].
+    tokenize, detokenize = BlipCaptioner.tokenize, BlipCaptioner.detokenize
+
+    def __init__(self, model, tokenizer):
+        """tokenizer: transformers' BartTokenizer."""
+        super().__init__()
+        from torchvision import transforms as tv
+        self.model, self.tokenizer, side = model, tokenizer, model.config["image_size"]
+        self.start, self.prompt, self.eos, self.pad = [0], 1, 2, 1
+        self.max_length = min(256, model.config["max_position_embeddings"])
+        self.register_buffer("question", torch.tensor([tokenizer(
+            " what does the image describe?")["input_ids"]]), False)  # paper: this, blank too [C]
+        self.prepare = tv.Compose([
+            tv.Resize((side, side), tv.InterpolationMode.BICUBIC), tv.ToTensor(),
+            tv.Normalize([.5] * 3, [.5] * 3)])
+        self.generate = model.generate
+
+    def encode(self, pixels):
+        """pixels (B,3,h,w) -> states, see OFA.encode."""
+        return self.model.encode(pixels, self.question.expand(len(pixels), -1))
+
+    def logits(self, states, tokens):
+        """tokens (B,T) -> (B,T-1,V). No real token sees a pad: attention is causal."""
+        return self.model.decode(states, tokens[:, :-1])
+
+    def save(self, folder):
+        """For load_ofa."""
+        from safetensors.torch import save_file
+        write_json(Path(folder) / "config.json", self.model.config)
+        self.tokenizer.save_pretrained(folder)
+        save_file({name: x for name, x in self.model.state_dict().items() if name not in OFA_TIED},
+                  f"{folder}/model.safetensors")
+
+def load_ofa(name):
+    """Hub name or folder: config.json, vocab.json, merges.txt, model.safetensors or
+    pytorch_model.bin, with fairseq's names too. -> OFACaptioner. UserError names wrong weights.
+    """
+    from safetensors.torch import load_file
+    from transformers import AddedToken, BartTokenizer
+    from transformers.utils import cached_file
+    config = json.loads(Path(cached_file(name, "config.json")).read_text("utf-8"))
+    sides = {width: side for width, *_, side in OFA_SIZES.values()}
+    config = ofa_config("tiny") | {"image_size": sides.get(config["d_model"])} | config
+    model = OFA(config, config["freeze_bn"])
+    try:
+        path = cached_file(name, "model.safetensors")
+    except OSError:
+        path = cached_file(name, "pytorch_model.bin")
+    try:  # weights_only: never runs pickled code
+        state = load_file(path) if path.endswith("s") else torch.load(path, weights_only=True)
+        # Integer buffers are computed here; fairseq's "version" means nothing.
+        found = model.load_state_dict({
+            ".".join(OFA_RENAMES.get(part, part) for part in key.split(".")): x for key, x in
+            state.get("model", state).items()
+            if x.is_floating_point() and not key.endswith(".version")}, strict=False)
+    except Exception as error:  # many kinds: a broken file, other shapes, pickled code
+        raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+    missing = [k for k in found.missing_keys if k not in OFA_TIED and "num_batches" not in k]
+    if missing or found.unexpected_keys:
+        raise UserError(f"{path}: {len(missing)} weights missing {missing[:3]}, "
+                        f"{len(found.unexpected_keys)} unexpected {found.unexpected_keys[:3]}")
+    tokenizer = BartTokenizer.from_pretrained(name)
+    # A published vocab.json may end before the codes of images and boxes.
+    tokenizer.add_tokens([AddedToken(f"<{kind}_{k}>", lstrip=True, rstrip=True, normalized=False)
+                          for kind, count in (("code", 8192), ("bin", 1000)) for k in range(count)
+                          ][:max(0, config["vocab_size"] - len(tokenizer))])
+    return OFACaptioner(model, tokenizer)
 
 
 # ==================================================================================================
@@ -2460,7 +2509,8 @@ FLAGS = {"input and output": {
 }, "models": {
     "captioner": (str, "", "Salesforce/blip-image-captioning-base",
                   "hub name or folder; toy: made here; paper: OFA-tiny"),
-    "prompt": (str, "", "", "words each caption begins with, not scored"),
+    "preset": (["none", "paper"], "none", "none", "paper: its whole setting; typed flags win"),
+    "prompt": (str, "", "", "words each caption begins with, not scored; BLIP only"),
     "clip": (str, "", "ViT-B-32-quickgelu", "open_clip model or folder; paper: ViT-B/32"),
     "clip-pretrained": (str, "", "openai", "open_clip tag or weights file; paper: openai"),
     "eval-clip": (list, None, None, "judges too: NAME, NAME:PRETRAINED or a folder; repeatable"),
@@ -2515,6 +2565,19 @@ FLAGS = {"input and output": {
     "bf16": (bool, None, None, "autocast; default: on GPUs that have it"),
     "workers": (WHOLE, None, None, "processes that load images; default: by the cores"),
 }}
+
+# --preset paper: values of the slides [S], the released code [C], the summary [A]. What nobody has
+# printed is our choice.
+PAPER = {
+    "captioner": "OFA-Sys/ofa-tiny",  # [A]; at 256 pixels [C]
+    "clip": "ViT-B-32-quickgelu", "clip_pretrained": "openai", "tau": None,  # [C]; tau is .01
+    "reward": "bidirectional", "reward_scale": 1., "center_reward": False,  # [S]; [C] scales by .5
+    "rl_weight": 1., "wtf_weight": 1., "gt_in_pool": True, "greedy_in_pool": True,  # [S]
+    "alpha": .94, "mined_images": 2, "mined_skip": 3, "disc_lr": 7e-5,  # [C]
+    "decode": "beam", "num_beams": 5, "no_repeat_ngram": 3, "max_new_tokens": 50,  # [C]
+    # It starts from a captioner and a discriminator trained on COCO [C]; how long is our choice.
+    "tf_steps": 20000, "tf_lr": 5e-5, "disc_steps": 1000, "disc_images": 2000,
+    "steps": 5000, "batch_size": 32, "grad_accum": 1, "lr": 1e-6, "warmup": 100}  # our choice
 
 def build_parser(real=False, defaults=True):
     """The argparse parser. real: defaults for real data. defaults=False: only what is typed."""
@@ -2573,6 +2636,8 @@ def parse_flags(argv):
     if typed.command != "train":
         return typed
     hp = build_parser(real=getattr(typed, "data", "toy") != "toy").parse_args(argv)
+    if hp.preset == "paper":
+        vars(hp).update({name: value for name, value in PAPER.items() if name not in vars(typed)})
     if hp.resume:
         free = ("resume", "run", "device", "workers", "cache")
         saved = read_config(Path(hp.run))

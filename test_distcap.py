@@ -1,4 +1,5 @@
 """Tests of distcap.py. Every oracle is independent: loops, enumeration, another library."""
+import copy
 import functools
 import inspect
 import itertools
@@ -15,6 +16,7 @@ import sys
 import time
 import types
 import zipfile
+import zlib
 from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
@@ -1397,6 +1399,307 @@ def test_bench_compares_equal_steps(capsys, monkeypatch):
     assert out.count("images/s") == 2 and len(passes) == 2 * 1 + 2 * 4
     a, b = map(float, re.findall(r"losses (.*) and (.*)", out)[0])
     assert a == pytest.approx(b, rel=1e-3)
+
+
+# -- OFA -------------------------------------------------------------------------------------------
+# Numbers of the original implementation, run in float64 on weights filled by a rule (see fill).
+
+OFA_SMALL = {'vocab_size': 101,
+     'd_model': 32,
+     'encoder_layers': 2,
+     'decoder_layers': 2,
+     'encoder_attention_heads': 2,
+     'decoder_attention_heads': 2,
+     'encoder_ffn_dim': 64,
+     'decoder_ffn_dim': 64,
+     'resnet_type': 'resnet50',
+     'max_position_embeddings': 64,
+     'token_bucket_size': 8,
+     'image_bucket_size': 6,
+     'attn_scale_factor': 2.0,
+     'model_type': 'ofa',
+     'dropout': 0.0,
+     'image_size': 64,
+     'freeze_bn': False}
+OFA_WANT = {'input_ids': [[0, 17, 42, 5, 63, 80, 9, 24, 11, 71, 33, 2],
+                   [0, 17, 42, 5, 63, 80, 9, 2, 1, 1, 1, 1]],
+     'decoder_input_ids': [[0, 10, 35, 28, 15, 10, 41, 77, 90, 6, 52, 2],
+                           [0, 55, 82, 98, 11, 29, 4, 2, 1, 1, 1, 1]],
+     'logits': [[0, -1.931303641], [220, -0.130474255], [441, 0.5541735233], [661, -0.3395670844],
+                [881, -1.337057413], [1101, -0.713747219], [1322, 1.19044566], [1542, 0.7241559727],
+                [1762, -0.8359015714], [1982, 1.330062079], [2203, 1.367316633],
+                [2423, -0.3607906147]],
+     'greedy': [[0, 94, 92, 94, 27, 2, 1, 1, 1, 1, 1, 1, 1],
+                [0, 94, 92, 75, 52, 21, 75, 39, 5, 39, 5, 82, 2]],
+     'beam5': [[0, 94, 92, 92, 99, 90, 99, 39, 5, 51, 92, 51, 2],
+               [0, 94, 92, 75, 5, 39, 5, 82, 5, 51, 5, 39, 2]],
+     'beam5_lp0': [[0, 94, 92, 92, 99, 90, 59, 27, 2, 1, 1, 1, 1],
+                   [0, 94, 92, 75, 5, 39, 5, 82, 5, 51, 5, 39, 2]],
+     'loss': 5.274559924,
+     'total_grad': 76.00788816,
+     'grad': {'encoder.embed_tokens.weight': 1.94653889,
+              'encoder.embed_images.layer3.5.bn3.bias': 0.06954649486,
+              'encoder.type_embedding.weight': 1.099298228,
+              'encoder.embed_image_positions.weight': 0.1787532499,
+              'encoder.pos_q_linear.weight': 0.1022833207,
+              'encoder.layers.0.self_attn.c_attn': 0.4522510679,
+              'encoder.token_rel_pos_table_list.1.weight': 0.007234121817,
+              'encoder.image_rel_pos_table_list.0.weight': 0.01541780491,
+              'decoder.layers.1.cross_attn.k_proj.weight': 0.07428220165,
+              'decoder.cross_pos_k_linear.weight': 0.1947098346,
+              'decoder.token_rel_pos_table_list.0.weight': 0.07719066707}}
+OFA_TEXTS = [[' what does the image describe?', [0, 99, 473, 5, 2274, 6190, 116, 2]],
+     ['what does the image describe?', [0, 12196, 473, 5, 2274, 6190, 116, 2]],
+     [' a man riding a horse', [0, 10, 313, 5793, 10, 5253, 2]],
+     ['a man riding a horse', [0, 102, 313, 5793, 10, 5253, 2]],
+     ['A man, riding a horse.', [0, 250, 313, 6, 5793, 10, 5253, 4, 2]],
+     [' two dogs<bin_5> <code_0>', [0, 80, 3678, 58462, 50265, 2]],
+     [" it's 12 o'clock", [0, 24, 18, 316, 1021, 108, 17036, 2]],
+     ['café  ☀ x', [0, 438, 2001, 1140, 1437, 42699, 7471, 3023, 2]]]
+
+
+def fill(model):
+    """The fixture's rule: numpy's frozen stream, seeded by each entry's name, scaled by its kind."""
+    tied = ("embed_tokens.weight", "output_projection.weight")
+    for name, x in model.state_dict().items():
+        if x.is_floating_point():
+            key = "encoder.embed_tokens.weight" if name.endswith(tied) else name
+            r = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(x.shape))
+            r = (r / (x.numel() / x.shape[0]) ** .5 if x.dim() > 1 else 1 + .1 * abs(r)
+                 if name.endswith("running_var") else r if name.endswith((".weight", "c_attn"))
+                 else .1 * r)
+            x.copy_(torch.from_numpy(np.float32(r)))
+    return model
+
+
+@pytest.fixture(scope="module")
+def ofa_case():
+    """The filled network and what it is called with."""
+    noise = np.random.RandomState(zlib.crc32(b"patch_images")).standard_normal((2, 3, 64, 64))
+    return (fill(m.OFA(OFA_SMALL, freeze_bn=False)), torch.from_numpy(np.float32(.5 * noise)),
+            torch.tensor(OFA_WANT["input_ids"]), torch.tensor(OFA_WANT["decoder_input_ids"]))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-8), (torch.float32, 2e-5)])
+def test_ofa_equals_the_original(ofa_case, dtype, tolerance):
+    net, images, ids, rows = ofa_case
+    net, images = copy.deepcopy(net).to(dtype).eval(), images.to(dtype)
+    with torch.no_grad():
+        logits = net(patch_images=images, input_ids=ids, decoder_input_ids=rows).flatten()
+        states = net.encode(images, ids)
+    for place, value in OFA_WANT["logits"]:
+        assert logits[place].item() == pytest.approx(value, abs=tolerance)
+    for name, options in (("greedy", {}), ("beam5", {"num_beams": 5}),
+                          ("beam5_lp0", {"num_beams": 5, "length_penalty": 0.})):
+        tokens = net.generate(states, no_repeat_ngram=3, max_new_tokens=12, **options)
+        assert tokens.tolist() == OFA_WANT[name], name
+    logits = net.train()(images, ids, rows)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), ignore_index=1)
+    loss.backward()
+    assert loss.item() == pytest.approx(OFA_WANT["loss"], abs=tolerance)
+    grads = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
+    for name, norm in OFA_WANT["grad"].items():
+        assert grads[name].norm().item() == pytest.approx(norm, rel=5 * tolerance), name
+    # Every parameter that may learn has a gradient: DistributedDataParallel waits for it.
+    total = torch.stack([g.norm() for g in grads.values()]).norm().item()
+    assert total == pytest.approx(OFA_WANT["total_grad"], rel=max(1e-8, 250 * tolerance))
+
+
+def test_ofa_decodes_with_a_cache_as_without(ofa_case):
+    """Greedy and beam search against loops that run the whole network for every token."""
+    net, images, ids, _ = ofa_case
+    net.train()  # dropout would be on, if there were any in the config
+    states = [x.detach() for x in net.eval().encode(images, ids)]
+
+    def log_p(b, row):
+        return net(images[b:b + 1], ids[b:b + 1], torch.tensor([row]))[0, -1].log_softmax(-1)
+
+    with torch.no_grad():
+        for b, got in enumerate(net.generate(states, max_new_tokens=8).tolist()):
+            row = [0]
+            while len(row) < 8 and row[-1] != 2:
+                row.append(log_p(b, row).argmax().item())
+            assert got[:len(row)] == row and (row[-1] == 2 or got[8] == 2)
+        for b, got in enumerate(net.generate(states, num_beams=3, max_new_tokens=5).tolist()):
+            beams, closed = [(0., [0])], []
+            for u in range(1, 6):
+                more = sorted(((s + x, row + [w]) for s, row in beams
+                               for w, x in enumerate(log_p(b, row).tolist()) if w != 1),
+                              reverse=True)
+                if u == 5:  # eos is forced, at no cost
+                    more = [(s, row + [2]) for s, row in beams]
+                closed += [(s / u, row) for s, row in more[:3] if row[-1] == 2]
+                beams = [(s, row) for s, row in more[:6] if row[-1] != 2][:3]
+            assert got[:len(max(closed)[1])] == max(closed)[1]
+
+
+def test_ofa_samples_from_p_and_log_p_is_what_it_assigned(ofa_case, tmp_path, monkeypatch):
+    net, images, ids, _ = ofa_case
+    net.eval()
+    captioner, seen = m.OFACaptioner(net, standin_tokenizer(tmp_path)), []
+    with torch.no_grad():
+        states = net.encode(images, ids)
+        one = [states[0][:1].repeat(4000, 1, 1), states[1], states[2][:1].repeat(4000, 1)]
+        p = net.decode(states, torch.zeros(2, 1, dtype=torch.long))[0, 0].softmax(-1)
+        first = net.generate(one, sample=True, max_new_tokens=1)[:, 1].bincount(minlength=101)
+        assert (first / 4000 - p).abs().max() < 4 * (p.max() / 4000) ** .5
+        decode = m.OFA.decode
+        monkeypatch.setattr(m.OFA, "decode", lambda *a: seen.append(decode(*a)) or seen[-1])
+        tokens = net.generate(states, sample=True, max_new_tokens=20)
+        monkeypatch.undo()
+        assigned = torch.cat(seen, 1).log_softmax(-1)[:, :tokens.shape[1] - 1].gather(
+            2, tokens[:, 1:, None])[..., 0]
+        real = tokens[:, 1:] != 1
+        log_p = m.caption_log_prob(captioner.logits(states, tokens), tokens[:, 1:], captioner.pad)
+    assert torch.allclose(log_p, (assigned * real).sum(1) / real.sum(1), atol=1e-5)
+
+
+def test_ofa_freezes_batchnorm_and_decodes_without_dropout(tmp_path):
+    images, ids = torch.randn(3, 3, 64, 64), torch.tensor([[0, 5, 2]] * 3)
+    net = fill(m.OFA(OFA_SMALL | {"dropout": .5})).train()
+    before = {name: x.clone() for name, x in net.state_dict().items() if "running" in name}
+    grid = net.encoder.embed_images(images)
+    assert torch.allclose(grid[:1], net.encoder.embed_images(images[:1]), atol=1e-4)
+    assert before and all(torch.equal(x, net.state_dict()[name]) for name, x in before.items())
+    states = [x.detach() for x in net.encode(images, ids)]
+    a, b = (net.generate(states, num_beams=2, max_new_tokens=8) for _ in range(2))
+    assert torch.equal(a, b) and net.training
+    live = fill(m.OFA(OFA_SMALL, freeze_bn=False)).train()
+    assert not torch.allclose(live.encoder.embed_images(images)[:1],
+                              live.encoder.embed_images(images[:1]), atol=1e-4)
+
+
+def write_vocabulary(folder, words, size, last="<mask>"):
+    """A stand-in vocab.json and merges.txt. words: {text in GPT-2's letters: id or None}."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    ids = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, last: size - 1}
+    blank = "\u0120"  # words that begin with it merge first
+    names = {text.replace(" ", blank): k for text, k in words.items()}
+    names = dict(sorted(names.items(), key=lambda item: item[0][0] != blank))
+    pieces, merges = set(ByteLevel.alphabet()), []
+    for name in names:
+        for k in range(2, len(name) + 1):
+            if name[:k] not in pieces:
+                pieces.add(name[:k])
+                merges.append(f"{name[:k - 1]} {name[k - 1]}")
+    ids |= {name: k for name, k in names.items() if k is not None}
+    free = iter(sorted(set(range(size)) - set(ids.values())))
+    ids |= {name: next(free) for name in sorted(pieces - set(ids))}
+    ids |= {f"unused{k}": k for k in free}
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "vocab.json").write_text(json.dumps(ids))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+
+
+def standin_tokenizer(folder):
+    """A tokenizer of bytes, nearly."""
+    from transformers import BartTokenizer
+    write_vocabulary(folder, {"ab": None}, 300)
+    return BartTokenizer.from_pretrained(folder)
+
+
+def ofa_folder(folder, **changes):
+    """A random OFA of the small size as published ones lie in a folder, and a word a token."""
+    words = sorted(set(" ".join([*m.OPENERS, *m.COLORS, *m.SHAPES, *m.GROUNDS, *m.RELATIONS, *sum(
+        m.SIZES.values(), ()), "a and shape two shapes on background"]).split()))
+    write_vocabulary(folder, {text: None for w in words for text in (w, " " + w)}, 700)
+    config = OFA_SMALL | {"vocab_size": 700, "dropout": .1} | changes
+    torch.manual_seed(0)
+    model = m.OFA(config, config["freeze_bn"])
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    return model
+
+
+def test_ofa_tokenizes_like_the_original(tmp_path):
+    """The original's examples, over a stand-in for its vocabulary with the same ids."""
+    words = {" what": 99, " does": 473, " the": 5, " image": 2274, " describe": 6190, "?": 116,
+             "what": 12196, " a": 10, " man": 313, " riding": 5793, " horse": 5253, "a": 102,
+             "A": 250, ",": 6, ".": 4, " two": 80, " dogs": 3678, " it": 24, "'s": 18, " 12": 316,
+             " o": 1021, "'": 108, "clock": 17036, "c": 438, "af": 2001, " ": 1437, " x": 3023,
+             # the letters of an accented e, of a blank and the first two bytes of U+2600, of the last
+             "\u00c3\u00a9": 1140, " \u00e2\u013a": 42699, "\u0122": 7471}
+    ofa_folder(tmp_path, vocab_size=59457, d_model=16)
+    write_vocabulary(tmp_path, words, 50265)
+    captioner = m.load_captioner(str(tmp_path))
+    for text, ids in OFA_TEXTS:
+        assert captioner.tokenizer(text)["input_ids"] == ids, text
+        if "<" not in text:  # the original puts a blank before a code, which no caption has
+            assert captioner.detokenize(torch.tensor([ids])) == [text.strip()]
+    assert captioner.tokenizer.convert_tokens_to_ids(["<code_0>", "<bin_999>"]) == [50265, 59456]
+    assert captioner.tokenize(["A man, riding a horse."]).tolist() == [OFA_TEXTS[4][1]]
+    assert captioner.question.tolist() == [OFA_TEXTS[0][1]]
+
+
+def test_ofa_saves_and_loads(tmp_path):
+    model = ofa_folder(tmp_path / "hub")
+    captioner = m.load_captioner(str(tmp_path / "hub"))
+    captioner.save(tmp_path)  # beside: the run's own folder
+    again, pixels = m.load_captioner(str(tmp_path)), torch.randn(2, 3, 64, 64)
+    for one in (captioner, again):
+        assert all(torch.equal(x, one.model.state_dict()[k]) for k, x in model.state_dict().items())
+        one.eval()
+    assert torch.equal(*(x.generate(x.encode(pixels), num_beams=2) for x in (captioner, again)))
+    assert captioner.tokenize(["a red"]).tolist() == again.tokenize(["a red"]).tolist()
+    assert again.detokenize(again.tokenize(["two shapes"])) == ["two shapes"]
+    assert captioner.prepare(Image.new("RGB", (90, 30), "white")).unique().tolist() == [1.]
+
+
+def test_ofa_checks_its_weights_by_name(tmp_path):
+    state = ofa_folder(tmp_path).state_dict()
+    file, load = tmp_path / "pytorch_model.bin", functools.partial(m.load_captioner, str(tmp_path))
+    old = {"encoder.version": torch.ones(1), "encoder.token_rp_bucket": torch.ones(9, 9).long()}
+    for name, x in state.items():  # fairseq's names
+        for new, was in (("cross_attn_mid", "cross_attn_ln"), ("cross_attn", "encoder_attn"),
+                         ("ffn_layer_norm", "ffn_layernorm"), ("self_attn_mid_layer_norm",
+                         "attn_ln" if name.startswith("encoder") else "self_attn_ln")):
+            part = "cross_attn_mid_layer_norm" if new == "cross_attn_mid" else new
+            if f".{part}" in name:
+                name = name.replace(part, was)
+                break
+        if "num_batches" not in name:
+            old[name] = x
+    assert len(old) > 300 and any("encoder_attn_layer_norm" in name for name in old)
+    torch.save({"model": old}, file)
+    loaded = load().model.state_dict()
+    assert all(torch.equal(x, loaded[k]) for k, x in state.items())
+    for change, message in [
+            ({"encoder.pos_ln.weight": None}, "1 weights missing.*encoder.pos_ln.weight"),
+            ({"encoder.extra": torch.ones(2)}, "1 unexpected.*encoder.extra"),
+            ({"encoder.pos_ln.bias": torch.ones(3)}, "encoder.pos_ln.bias")]:
+        torch.save({k: x for k, x in (state | change).items() if x is not None}, file)
+        with pytest.raises(UserError, match=message) as error:
+            load()
+        assert "\n" not in str(error.value) and "pytorch_model.bin" in str(error.value)
+    torch.save({"model": state, "args": types.SimpleNamespace(a=1)}, file)  # pickled code
+    with pytest.raises(UserError, match="pytorch_model.bin"):
+        load()
+    with pytest.raises(UserError, match="--prompt"):
+        load("a photo of")
+
+
+def test_ofa_trains_in_both_stages(workplace):
+    ofa_folder(workplace / "ofa")
+    done = command("train", "--images", "world", "--clip", "runs/a/clip", "--captioner", "ofa",
+                   "--tf-steps", 2, "--steps", 2, "--disc-steps", 5, "--disc-images", 16,
+                   "--eval-images", 8, "--batch-size", 8, "--max-new-tokens", 6, "--num-beams", 2,
+                   "--run", "runs/ofa", cwd=workplace)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for stage in ("tf", "rl"):
+        entries = log_of(workplace / "runs/ofa", stage)
+        assert len(entries) == 2 and all(e["grad_captioner"] > 0 for e in entries)
+    first, second = (load_file(workplace / f"runs/ofa/{part}/model.safetensors")
+                     for part in ("captioner_tf", "captioner"))
+    changed = {name for name in first if not torch.equal(first[name], second[name])}
+    assert "encoder.embed_images.conv1.weight" in changed
+    assert not {n for n in changed if n.startswith(("decoder.code", "decoder.image_rel"))}
+
+
+def test_preset_paper_and_typed_flags():
+    hp = m.parse_flags(["train", "--preset", "paper", "--data", "coco", "--alpha", ".5"])
+    assert (hp.captioner, hp.alpha, hp.num_beams, hp.mined_skip, hp.disc_lr, hp.center_reward,
+            hp.wtf_weight) == ("OFA-Sys/ofa-tiny", .5, 5, 3, 7e-5, False, 1.)
+    assert set(m.PAPER) <= set(vars(hp)) and m.parse_flags(["train"]).center_reward
 
 
 # -- Flags, README, mistakes -----------------------------------------------------------------------
