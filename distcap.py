@@ -2033,11 +2033,11 @@ FAILURES = {
     "F3 collapse": f"{ALONE} --no-center-reward --reward unidirectional --lr 3e-3"}
 QUESTIONS = {
     "Q1a CLIP learns from GT": "--train-clip gt", "Q1b CLIP learns from RL": "--train-clip policy",
-    "Q2 dot product": "--similarity dot", "Q3a generic GT": "--gt-detail generic",
-    "Q3b full GT": "--gt-detail full", "Q4a tau .1": "--tau .1", "Q4b tau .004": "--tau .004",
-    "Q5a alpha .5": "--alpha .5", "Q5b alpha .99": "--alpha .99", "Q7a batch 16": "--batch-size 16",
-    "Q7b no mined images": "--mined-images 0",
-    "Q6 10 times the steps": "--steps 400 --eval-every 50"}
+    "Q2 dot product": "--similarity dot", "Q3a tau .1": "--tau .1", "Q3b tau .004": "--tau .004",
+    "Q4a alpha .5": "--alpha .5", "Q4b alpha .99": "--alpha .99", "Q5a batch 16": "--batch-size 16",
+    "Q5b no mined images": "--mined-images 0",
+    "Q6 10 times the steps": "--steps 400 --eval-every 50",
+    "Q7a generic GT": "--gt-detail generic", "Q7b full GT": "--gt-detail full"}
 # Variance of the gradient on weights that stand still. The mean gradient over K batches has the
 # expected squared norm S + V / K, S that of the expected gradient, V the variance: two K give both.
 STILL = "--wtf-weight 0 --alpha 1 --no-center-reward --lr 1e-12 --eval-images 9"
@@ -2049,12 +2049,12 @@ COLUMNS = [*(f"{clip}{way}_r{k}" for clip in ("", "heldout/") for way in ("t2i",
            "seconds_per_step"]
 
 def study(hp):
-    """`distcap.py study`: train each row that is missing, then write study.json, .md and .png."""
-    folder, rows, every = Path(hp.run), {}, ABLATION | FAILURES | QUESTIONS | VARIANCE
+    """`distcap.py study`: train each row that is missing; write study.json, .md and .png."""
+    folder, rows, every = Path(hp.run), {}, ABLATION | VARIANCE | FAILURES | QUESTIONS
     common = ["--steps", 40, "--eval-every", 10, "--eval-images", 200, *hp.flags.split(),
               "--clip", folder / "clip", "--eval-clip", folder / "heldout"]
-    jobs = [(seed, label) for seed in range(hp.seeds) for label in ABLATION]
-    jobs += [(0, label) for label in every if label not in ABLATION]
+    jobs = [(0, label) for label in every]
+    jobs += [(seed, label) for seed in range(1, hp.seeds) for label in ABLATION]
     base = parse_flags(["train", *map(str, common)])  # a wrong --flags shows here
     setup_machine(base)
     base.images = str(folder / "world")
@@ -2082,9 +2082,11 @@ def study(hp):
         rows.setdefault(label, []).append(metrics)
         if run == first:
             rows.setdefault("1 TF", []).append(metrics["rows"]["after TF"])
-    rows = {label: rows[label] for label in sorted(rows, key=lambda x: (
-        not x[0].isdigit(), int(re.match(r"\d*", x)[0] or 0)))}  # 1 to 11, then F, Q, V
-    write_study(folder, rows, {"1 TF": "--rl-weight 0"} | every)
+        rows = {x: rows[x] for x in sorted(rows, key=lambda x: (  # 1 to 11, then V, F, Q
+            not x[0].isdigit(), int(re.match(r"\d*", x)[0] or 0)))}
+        table = write_study(folder, rows, {"1 TF": "no RL"} | every)
+    draw_study(folder, table)
+    print((folder / "study.md").read_text("utf-8"))
 
 def gradient_variance(folder, pool):
     """V and S (see STILL) from the logs of two runs. pool: "" or "no-". -> two floats."""
@@ -2117,7 +2119,7 @@ def study_claims(folder, row, accuracy):
              f"{v_no / s_no:.3g}, {v / s:.3g}", v < v_no)]
 
 def write_study(folder, rows, flags):
-    """study.json (each row's metrics), study.md (table, claims, failures) and study.png."""
+    """study.json, study.md: rows, claims, failures. -> {label: {column: [value of each seed]}}."""
     def cell(values):
         known = [v for v in values if v is not None]
         spread = f" ± {np.std(known):.3f}" if len(known) > 1 else ""
@@ -2125,23 +2127,22 @@ def write_study(folder, rows, flags):
     table = {label: {c: [m.get(c.replace("heldout", f"{folder}/heldout")) for m in runs]
                      for c in COLUMNS} for label, runs in rows.items()}
     number = {label.split()[0]: label for label in rows}
-    claims = study_claims(
-        folder, lambda k, column: np.mean([x for x in table[number[str(k)]][column]]),
+    claims = [] if not {*ABLATION, *VARIANCE} <= {*rows} else study_claims(
+        folder, lambda k, column: np.mean(table[number[str(k)]][column]),
         np.mean([m["discriminator_accuracy"] for m in rows[number["9"]]]))
     lines = ["| row | flags | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
     lines += [f"| {label} | `{flags[label]}` | " + " | ".join(map(cell, table[label].values()))
               + " |" for label in rows if label[0] != "V"]
     lines += ["", "| claim | measured | holds here |", "|---|---|---|"]
     lines += [f"| {c} | {m} | {'yes' if holds else 'NO'} |" for c, m, holds in claims] + [""]
-    for label in FAILURES:
+    for label in [x for x in FAILURES if x in rows]:
         said = json.loads((folder / f"{label.split()[0]}-0/captions.json").read_text("utf-8"))
         lines += [f"{label}, `{flags[label]}`:", *(f"* {x['caption']}" for x in said[::50][:3]), ""]
     write_json(folder / "study.json", {"rows": table,
                                        "claims": [list(map(str, claim)) for claim in claims]})
     text = "\n".join(lines)
     write_atomically(folder / "study.md", lambda file: file.write(text.encode("utf-8")))
-    draw_study(folder, table)
-    print(text)
+    return table
 
 def draw_study(folder, table):
     """study.png: R@1 of each ablation row under three retrievers; curves of the failures."""
@@ -2158,7 +2159,7 @@ def draw_study(folder, table):
     left.invert_yaxis()
     left.legend(loc="lower right")
     for axes, name in zip(right, ("t2i_r1", "well_formed")):
-        for label in [*FAILURES, "5 RL, bidirectional", "9 full method"]:
+        for label in [x for x in (*FAILURES, *ABLATION) if x in table and x[0] in "F59"]:
             log = (folder / f"{label.split()[0]}-0/log.jsonl").read_text("utf-8").splitlines()
             points = [(e["step"] * (e["stage"] == "rl"), e["val"][name])
                       for e in map(json.loads, log) if "val" in e]
