@@ -813,13 +813,13 @@ def count_cut(captions, captioner, clip, say=print):
     """Say how many captions fill all tokens of a model, which cuts them there."""
     empty = clip.tokenizer([""])[0]
     for name, tokenize, limit, pad in (
-            ("captioner", captioner.tokenize, captioner.max_length, captioner.pad),
+            ("the captioner", captioner.tokenize, captioner.max_length, captioner.pad),
             ("CLIP", clip.tokenizer, len(empty), empty[-1])):
         # A token has a byte at least, so only these can be so long.
         long = [c for c in captions if len(c.encode()) > limit - captioner.prompt - 2]
         full = int((tokenize(long)[:, limit - 1:] != pad).sum()) if long else 0
         if full:
-            say(f"{full} captions are cut at the {name}'s {limit} tokens")
+            say(f"captions cut at the {limit} tokens of {name}: {full}")
 
 def open_cache(folder, name, key, n, dim):
     """Open or begin folder/name-HASH.f16 -> (writable memmap (n, dim) float16, rows to compute).
@@ -1613,7 +1613,7 @@ def draw_report(run, shown, rows):
 
 
 # ==================================================================================================
-# 11. The three commands
+# 11. The commands
 # ==================================================================================================
 
 def prepare(hp):

@@ -1295,8 +1295,8 @@ def test_real_models_go_through_train_eval_and_caption(photos, tiny, monkeypatch
     (photos / "k.json").write_text(json.dumps(data))
     assert m.main(real(photos, tiny, "run", "--tf-steps", 2)) == 0
     out = capsys.readouterr().out
-    assert "1 captions are cut at the captioner's 64 tokens" in out
-    assert "1 captions are cut at the CLIP's 77 tokens" in out and "images/s" in out
+    assert "the 64 tokens of the captioner: 1\n" in out and "images/s" in out
+    assert "the 77 tokens of CLIP: 1\n" in out
     run = photos / "run"
     model, info = BlipForConditionalGeneration.from_pretrained(run / "captioner",
                                                                output_loading_info=True)
