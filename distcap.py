@@ -1707,7 +1707,7 @@ class OFA(nn.Module):
         for name, weight in self.named_parameters():
             if weight.dim() == 2 or name.endswith("bias"):
                 nn.init.normal_(weight, std=.02 if weight.dim() == 2 else 0)
-            # These draw images; DistributedDataParallel would wait for their gradients.
+            # Parts that draw images: DistributedDataParallel would wait for their gradients.
             weight.requires_grad_(not re.match(r"decoder\.(code|embed_image|image)_", name))
 
     def stack(self, kind, tokens):
@@ -1816,8 +1816,7 @@ class OFA(nn.Module):
             rows[..., u] = word
             # An eos among the K best closes its row; the K best closed rows are kept.
             ends, worth = (word == 2) | (u == last), top / u ** length_penalty
-            new = worth.masked_fill(~ends, -torch.inf)[:, :K]
-            closed, keep = torch.cat([closed, new], 1).topk(K)
+            closed, keep = torch.cat([closed, worth.where(ends, -torch.inf)[:, :K]], 1).topk(K)
             best = torch.cat([best, rows[:, :K]], 1).take_along_dim(keep[..., None], 1)
             done = closed[:, -1:] >= worth[:, :1]  # no open row can win any more
             if done.all():
@@ -1838,15 +1837,14 @@ class OFACaptioner(Captioner):
     def __init__(self, model, tokenizer):
         super().__init__()
         from torchvision import transforms as tv
-        self.model, self.tokenizer, side = model, tokenizer, model.config["image_size"]
+        self.model, self.tokenizer, self.generate = model, tokenizer, model.generate
         self.start, self.prompt, self.eos, self.pad = [0], 1, 2, 1
         self.max_length = min(256, model.config["max_position_embeddings"])
         self.register_buffer("question", torch.tensor([tokenizer(
             " what does the image describe?")["input_ids"]]), False)  # paper: this, blank too [C]
         self.prepare = tv.Compose([
-            tv.Resize((side, side), tv.InterpolationMode.BICUBIC), tv.ToTensor(),
-            tv.Normalize([.5] * 3, [.5] * 3)])
-        self.generate = model.generate
+            tv.Resize([model.config["image_size"]] * 2, tv.InterpolationMode.BICUBIC),
+            tv.ToTensor(), tv.Normalize([.5] * 3, [.5] * 3)])
 
     def encode(self, pixels):
         return self.model.encode(pixels, self.question.expand(len(pixels), -1))
@@ -1869,20 +1867,21 @@ def load_ofa(name):
     from transformers.utils import cached_file
     config = json.loads(Path(cached_file(name, "config.json")).read_text("utf-8"))
     sides = {width: side for width, *_, side in OFA_SIZES.values()}
-    config = ofa_config("tiny") | {"image_size": sides.get(config["d_model"])} | config
-    model = OFA(config, config["freeze_bn"])
+    config = ofa_config("tiny") | {"image_size": sides.get(config.get("d_model"), 480)} | config
     try:
         path = cached_file(name, "model.safetensors")
     except OSError:
         path = cached_file(name, "pytorch_model.bin")
-    try:  # weights_only: never runs pickled code
-        state = load_file(path) if path.endswith("s") else torch.load(path, weights_only=True)
+    try:
+        state = (load_file(path) if path.endswith("s") else
+                 torch.load(path, "cpu", weights_only=True))  # never runs pickled code
+        model = OFA(config, config["freeze_bn"])
         # Integer buffers are computed here; fairseq's "version" means nothing.
         found = model.load_state_dict({
             ".".join(OFA_RENAMES.get(part, part) for part in key.split(".")): x for key, x in
             state.get("model", state).items()
             if x.is_floating_point() and not key.endswith(".version")}, strict=False)
-    except Exception as error:  # many kinds: a broken file, other shapes, pickled code
+    except Exception as error:  # many kinds: a broken file, other shapes, an unknown trunk
         raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     missing = [k for k in found.missing_keys if k not in OFA_TIED and "num_batches" not in k]
     if missing or found.unexpected_keys:

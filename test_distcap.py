@@ -939,17 +939,17 @@ def test_ofa_equals_the_original(ofa_case, dtype, tolerance):
         assert grads[name].norm().item() == pytest.approx(norm, rel=5 * tolerance), name
     # Every parameter that may learn has a gradient: DistributedDataParallel waits for it.
     total = torch.stack([g.norm() for g in grads.values()]).norm().item()
-    assert total == pytest.approx(OFA_WANT["total_grad"], rel=max(1e-8, 250 * tolerance))
+    assert total == pytest.approx(OFA_WANT["total_grad"], rel=250 * tolerance)
 
 
 def test_ofa_decodes_with_a_cache_as_without(ofa_case):
-    """Greedy and beam search against loops that run the whole network for every token."""
+    """Greedy and beam search against loops that run the whole decoder for every token."""
     net, images, ids, _ = ofa_case
-    net.train()  # dropout would be on, if there were any in the config
-    states = [x.detach() for x in net.eval().encode(images, ids)]
+    x, at, pad = states = [x.detach() for x in net.eval().encode(images, ids)]
 
     def log_p(b, row):
-        return net(images[b:b + 1], ids[b:b + 1], torch.tensor([row]))[0, -1].log_softmax(-1)
+        one = x[b:b + 1], at, pad[b:b + 1]
+        return net.decode(one, torch.tensor([row]))[0, -1].log_softmax(-1)
 
     with torch.no_grad():
         for b, got in enumerate(net.generate(states, max_new_tokens=8).tolist()):
