@@ -1875,18 +1875,17 @@ def load_ofa(name):
     try:
         state = (load_file(path) if path.endswith("s") else
                  torch.load(path, "cpu", weights_only=True))  # never runs pickled code
-        model = OFA(config, config["freeze_bn"])
+        model, tokenizer = OFA(config, config["freeze_bn"]), BartTokenizer.from_pretrained(name)
         # Integer buffers are computed here; fairseq's "version" means nothing.
         found = model.load_state_dict({
             ".".join(OFA_RENAMES.get(part, part) for part in key.split(".")): x for key, x in
             state.get("model", state).items()
             if x.is_floating_point() and not key.endswith(".version")}, strict=False)
     except Exception as error:  # many kinds: a broken file, other shapes, an unknown trunk
-        raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"--captioner {name}: {' '.join(str(error).split())[:300]}") from None
     missing = [k for k in found.missing_keys if k not in OFA_TIED and "num_batches" not in k]
     if missing or found.unexpected_keys:
         raise UserError(f"{path}: missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}")
-    tokenizer = BartTokenizer.from_pretrained(name)
     if tokenizer.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>"]) != [0, 1, 2, 3]:
         raise UserError(f"{name}: vocab.json and merges.txt are missing or not OFA's")
     # A published vocab.json may end before the codes of images and boxes.
