@@ -2173,20 +2173,19 @@ def draw_study(folder, table):
 # ==================================================================================================
 # Appendix. OFA, the paper's captioner
 # ==================================================================================================
-# No maintained library has OFA (Wang et al. 2022, arXiv 2202.03052). An encoder reads a ResNet's
-# patches and a question, a decoder writes the caption; one matrix embeds their tokens and predicts
-# them. Positions act only as biases on attention logits. Names are the published checkpoints'.
-# d = d_model, h heads, n = N patches + tokens of the question, U tokens of a row.
+# No maintained library has OFA (Wang et al. 2022, arXiv 2202.03052). An encoder reads a ResNet's N
+# patches and T tokens of a question, a decoder writes U tokens; one matrix embeds and predicts.
+# Positions act only as biases on attention. Names are the checkpoints'. n = N + T, d width, h heads
 
 OFA_SIZES = {  # d, layers of each stack, heads, ResNet, image side [C]; source: OFA's model card
     "tiny": (256, 4, 4, "resnet50", 256), "medium": (512, 4, 8, "resnet101", 256),
     "base": (768, 6, 12, "resnet101", 384), "large": (1024, 12, 16, "resnet152", 480)}
 OFA_TRUNKS = {"resnet50": (3, 4, 6), "resnet101": (3, 4, 23), "resnet152": (3, 8, 36)}
 OFA_TIED = ("decoder.embed_tokens.weight", "decoder.output_projection.weight")
-OFA_RENAMES = {  # parts of names in the original fairseq checkpoints
-    "attn_ln": "self_attn_mid_layer_norm", "self_attn_ln": "self_attn_mid_layer_norm",
-    "cross_attn_ln": "cross_attn_mid_layer_norm", "ffn_layernorm": "ffn_layer_norm",
-    "encoder_attn": "cross_attn", "encoder_attn_layer_norm": "cross_attn_layer_norm"}
+OFA_RENAMES = {"attn_ln": "self_attn_mid_layer_norm", "self_attn_ln": "self_attn_mid_layer_norm",
+               "cross_attn_ln": "cross_attn_mid_layer_norm", "encoder_attn": "cross_attn",
+               "encoder_attn_layer_norm": "cross_attn_layer_norm",
+               "ffn_layernorm": "ffn_layer_norm"}  # from parts of the original fairseq names
 
 def ofa_config(size):
     """The config of OFA "tiny", "medium", "base" or "large"."""
@@ -2199,8 +2198,7 @@ def ofa_config(size):
 
 def token_buckets(length, size):
     """Distances of U tokens as rows of a table, logarithmic beyond size / 2. -> (U,U)."""
-    place, half = torch.arange(length), size // 2
-    r = place[:, None] - place
+    r, half = torch.arange(length)[:, None] - torch.arange(length), size // 2
     far = (r.abs().clamp(min=1) / half).log() / math.log(1023 / half) * (half - 1)
     return torch.where(r.abs() <= half, r, r.sign() * (far.ceil().long() + half)) + size - 1
 
@@ -2223,7 +2221,6 @@ class OFALayer(nn.ModuleDict):
         """x (R,n,d) + what it reads from memory (B,m,d) or, if None, from itself and the cache."""
         def split(part, x):
             return net[part](x).unflatten(-1, (len(net.c_attn), -1)).transpose(1, 2)  # (B,h,n,d/h)
-
         net, y = self[name], self[f"{name}_layer_norm"](x)
         if memory is None or name not in cache:
             kv = [split(part, y if memory is None else memory) for part in ("k_proj", "v_proj")]
@@ -2243,70 +2240,63 @@ class OFALayer(nn.ModuleDict):
         return x + self.drop(self.fc2(self.ffn_layer_norm(F.gelu(self.fc1(
             self.final_layer_norm(x))))))
 
-class OFAStack(nn.Module):
-    """The encoder's or decoder's (kind) parameters. relations: names of its position biases."""
-
-    def __init__(self, config, kind, tokens, relations, norm):
-        super().__init__()
-        width, size, heads, layers, inner = (config[key] for key in (
-            "d_model", "image_bucket_size", f"{kind}_attention_heads", f"{kind}_layers",
-            f"{kind}_ffn_dim"))
-        self.heads, self.scale = heads, (width / heads * config["attn_scale_factor"]) ** -.5
-        self.embed_tokens, self.drop = tokens, nn.Dropout(config["dropout"])
-        self.embed_positions = nn.Embedding(config["max_position_embeddings"] + 2, width)
-        self.embed_image_positions = nn.Embedding(size ** 2 + 1, width)
-        for name in ("layernorm_embedding", "pos_ln", "image_pos_ln", "layer_norm", norm):
-            self.add_module(name, nn.LayerNorm(width))
-        for name, x in product(relations, "qk"):
-            self.add_module(f"{name}_{x}_linear", nn.Linear(width, width))
-        self.layers = nn.ModuleList(OFALayer(width, heads, inner, config["dropout"], (
-            "self_attn", "cross_attn")[:len(relations)]) for _ in range(layers))
-        self.token_rel_pos_table_list, self.image_rel_pos_table_list = (
-            nn.ModuleList(nn.Embedding(rows, heads) for _ in range(layers)) for rows in
-            (2 * config["token_bucket_size"] - 1, (2 * size - 1) ** 2 + 3))
-
-    def absolute_bias(self, relation, q, k):
-        """Position vectors q (n,d), k (m,d) -> (h,n,m), one for all layers."""
-        q, k = (self.get_submodule(f"{relation}_{x}_linear")(at).unflatten(-1, (self.heads, -1))
-                for x, at in (("q", q), ("k", k)))
-        return torch.einsum("nhc,mhc->hnm", q * self.scale, k)
-
 class OFA(nn.Module):
     """The whole network. config: a dict as of ofa_config; other keys are ignored."""
 
     def __init__(self, config, freeze_bn=True):
         """freeze_bn: BatchNorm is a fixed affine map, in training too."""
-        from torchvision.models.resnet import Bottleneck, ResNet
-        from torchvision.ops import FrozenBatchNorm2d
+        from torchvision import models, ops
         super().__init__()
         self.config = config = ofa_config("tiny") | config
         width, tokens = config["d_model"], nn.Embedding(config["vocab_size"], config["d_model"])
-        self.encoder = OFAStack(config, "encoder", tokens, ["pos"], "patch_layernorm_embedding")
-        self.decoder = OFAStack(config, "decoder", tokens, ["self_pos", "cross_pos"],
-                                "code_layernorm_embedding")
+        self.encoder, self.decoder = self.stack("encoder", tokens), self.stack("decoder", tokens)
         self.encoder.type_embedding = nn.Embedding(2, width)
         self.encoder.image_proj = nn.Linear(1024, width)
         self.decoder.output_projection = nn.Linear(width, len(tokens.weight), bias=False)
         self.decoder.output_projection.weight = tokens.weight
         # DEPARTS: live BatchNorm would make log p of a caption depend on the rest of the batch and
         # move the statistics that decoding uses; the released code lets it do both.
-        trunk = ResNet(Bottleneck, [*OFA_TRUNKS[config["resnet_type"]], 1],
-                       norm_layer=FrozenBatchNorm2d if freeze_bn else None)
-        self.encoder.embed_images = nn.Sequential()
-        for name, part in [*trunk.named_children()][:7]:  # conv1 to layer3: 16 pixels a patch
-            self.encoder.embed_images.add_module(name, part)
+        self.encoder.embed_images = trunk = models.ResNet(
+            models.resnet.Bottleneck, [*OFA_TRUNKS[config["resnet_type"]], 1],
+            norm_layer=ops.FrozenBatchNorm2d if freeze_bn else None)
+        trunk.layer4 = trunk.avgpool = trunk.fc = nn.Identity()  # 16 pixels a patch
         for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                nn.init.normal_(weight, std=.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(weight)
-            # They draw images; DistributedDataParallel would wait for their gradients.
+            if weight.dim() == 2 or name.endswith("bias"):
+                nn.init.normal_(weight, std=.02 if weight.dim() == 2 else 0)
+            # Parts that draw images: DistributedDataParallel would wait for their gradients.
             weight.requires_grad_(not re.match(r"decoder\.(code|embed_image|image)_", name))
+
+    def stack(self, kind, tokens):
+        """The parameters of the encoder or decoder (kind)."""
+        c, net, inside = self.config, nn.ModuleDict(), kind == "encoder"
+        width, size, dropout = (c[x] for x in ("d_model", "image_bucket_size", "dropout"))
+        layers, heads, inner = (c[f"{kind}_{x}"] for x in ("layers", "attention_heads", "ffn_dim"))
+        net.embed_tokens, net.drop, net.heads = tokens, nn.Dropout(dropout), heads
+        net.embed_positions = nn.Embedding(c["max_position_embeddings"] + 2, width)
+        net.embed_image_positions = nn.Embedding(size ** 2 + 1, width)
+        for name in ("layernorm_embedding", "pos_ln", "image_pos_ln", "layer_norm",
+                     f"{'patch' if inside else 'code'}_layernorm_embedding"):
+            net[name] = nn.LayerNorm(width)
+        for name, x in product(["pos"] if inside else ["self_pos", "cross_pos"], "qk"):
+            net[f"{name}_{x}_linear"] = nn.Linear(width, width)
+        net.layers = nn.ModuleList(OFALayer(width, heads, inner, dropout, (
+            "self_attn", "cross_attn")[:2 - inside]) for _ in range(layers))
+        net.token_rel_pos_table_list, net.image_rel_pos_table_list = (
+            nn.ModuleList(nn.Embedding(rows, heads) for _ in range(layers)) for rows in
+            (2 * c["token_bucket_size"] - 1, (2 * size - 1) ** 2 + 3))
+        return net
+
+    def absolute_bias(self, net, relation, q, k):
+        """Position vectors q (n,d), k (m,d) -> (h,n,m), one for all layers."""
+        q, k = (net[f"{relation}_{x}_linear"](at).unflatten(-1, (net.heads, -1))
+                for x, at in (("q", q), ("k", k)))
+        scale = (q.shape[-1] * self.config["attn_scale_factor"]) ** -.5
+        return torch.einsum("nhc,mhc->hnm", q * scale, k)
 
     def encode(self, images, tokens):
         """images (B,3,s,s), tokens (B,T) -> x (B,n,d), positions (n,d), pad (B,n); reusable."""
         net, size, T = self.encoder, self.config["image_bucket_size"], tokens.shape[1]
-        grid = net.embed_images(images)  # (B,1024,s/16,s/16)
+        grid = net.embed_images(images).view(len(images), 1024, -(-images.shape[2] // 16), -1)
         patches = net.image_proj(grid.flatten(2).mT) + net.type_embedding.weight[1]
         words = net.embed_tokens(tokens) + net.type_embedding.weight[0]
         x = net.drop(torch.cat([net.patch_layernorm_embedding(patches),
@@ -2315,12 +2305,11 @@ class OFA(nn.Module):
         place = (size * high[:, None] + wide).flatten()  # (N,)
         at = torch.cat([net.image_pos_ln(net.embed_image_positions(place + 1)),
                         net.pos_ln(net.embed_positions.weight[:T])])
-        shared, pad = net.absolute_bias("pos", at, at), F.pad(tokens == 1, (len(place), 0))
+        shared, pad = self.absolute_bias(net, "pos", at, at), F.pad(tokens == 1, (len(place), 0))
         if pad.any():
             shared = shared.masked_fill(pad[:, None, None], -torch.inf)  # (B,h,n,n)
-        # Offset of two patches as a row: (dy + size - 1) * (2 * size - 1) + dx + size - 1.
         place = ((2 * size - 1) * high[:, None] + wide).flatten()
-        near = place[:, None] - place + 2 * size * (size - 1)  # (N,N)
+        near = place[:, None] - place + 2 * size * (size - 1)  # (N,N): offset (dy, dx) as a row
         far = token_buckets(T, self.config["token_bucket_size"]).to(x.device)
         for layer, image, token in zip(net.layers, net.image_rel_pos_table_list,
                                        net.token_rel_pos_table_list):
@@ -2330,16 +2319,16 @@ class OFA(nn.Module):
         return net.layer_norm(x), at, pad
 
     def decode(self, states, tokens, caches=None):
-        """tokens (R,U) -> logits (R,u,V) of the u that are new to caches: a dict a layer, or None.
-        """
+        """tokens (R,U) -> logits (R,u,V) of the u tokens new to caches, a dict for each layer."""
         (memory, at, pad), net, U = states, self.decoder, tokens.shape[1]
         caches = caches or [{} for _ in net.layers]
         seen = caches[0]["self_attn"][0].shape[2] if caches[0] else 0
         own = net.pos_ln(net.embed_positions.weight[:U])
         far = token_buckets(U, self.config["token_bucket_size"])[seen:].to(own.device)
         future = torch.ones_like(far, dtype=torch.bool).triu(1 + seen)
-        shared = net.absolute_bias("self_pos", own[seen:], own).masked_fill(future, -torch.inf)
-        cross = net.absolute_bias("cross_pos", own[seen:], at)[None]  # (1,h,u,n)
+        shared = self.absolute_bias(net, "self_pos", own[seen:], own)
+        shared = shared.masked_fill(future, -torch.inf)  # (h,u,U)
+        cross = self.absolute_bias(net, "cross_pos", own[seen:], at)[None]  # (1,h,u,n)
         if pad.any():
             cross = cross.masked_fill(pad[:, None, None], -torch.inf)
         x = net.drop(net.layernorm_embedding(net.embed_tokens(tokens[:, seen:])))
@@ -2354,14 +2343,12 @@ class OFA(nn.Module):
     @torch.no_grad()
     def generate(self, states, num_beams=1, sample=False, no_repeat_ngram=0, max_new_tokens=50,
                  length_penalty=1.):
-        """The best beams (B,U): bos 0, words, eos 2, pads 1; by log p / length ** length_penalty.
-
-        As the released code's version of transformers searches. One beam is greedy search; greedy
-        search on log p + Gumbel noise is a sample of p. Dropout is off whatever the mode.
+        """-> (B,U): bos 0, words, eos 2, pads 1. The released code's beam search, by log p / length
+        ** length_penalty. One beam is greedy search; Gumbel noise makes that a sample of p.
         """
-        mode, K, n, B = self.training, num_beams, no_repeat_ngram, len(states[0])
+        K, n, B = num_beams, no_repeat_ngram, len(states[0])
         last = min(max_new_tokens, self.config["max_position_embeddings"])
-        self.eval()
+        self.eval()  # no dropout
         caches = [{} for _ in self.decoder.layers]
         rows = best = F.pad(states[2].new_zeros(B, K, 1).long(), (0, last), value=1)
         total = torch.tensor([0.] + [-1e9] * (K - 1), device=rows.device).expand(B, K)
@@ -2385,8 +2372,7 @@ class OFA(nn.Module):
             rows[..., u] = word
             # An eos among the K best closes its row; the K best closed rows are kept.
             ends, worth = (word == 2) | (u == last), top / u ** length_penalty
-            new = worth.masked_fill(~ends, -torch.inf)[:, :K]
-            closed, keep = torch.cat([closed, new], 1).topk(K)
+            closed, keep = torch.cat([closed, worth.where(ends, -torch.inf)[:, :K]], 1).topk(K)
             best = torch.cat([best, rows[:, :K]], 1).take_along_dim(keep[..., None], 1)
             done = closed[:, -1:] >= worth[:, :1]  # no open row can win any more
             if done.all():
@@ -2396,31 +2382,27 @@ class OFA(nn.Module):
             source = beam.gather(1, go) + K * torch.arange(B, device=go.device)[:, None]
             for cache in caches:
                 cache["self_attn"] = [x[source.flatten()] for x in cache["self_attn"]]
-        self.train(mode)
         return best[:, 0, :(best[:, 0] != 1).any(0).sum()]
 
 class OFACaptioner(Captioner):
-    """OFA behind the contract, asked what the image describes."""
+    """OFA behind the contract."""
 
-    # paper: captions are tokenised without OFA's own leading blank, punctuation kept [C].
+    # paper: captions have no leading blank and keep their punctuation [C], unlike OFA's own.
     tokenize, detokenize = BlipCaptioner.tokenize, BlipCaptioner.detokenize
 
     def __init__(self, model, tokenizer):
-        """tokenizer: transformers' BartTokenizer."""
         super().__init__()
         from torchvision import transforms as tv
-        self.model, self.tokenizer, side = model, tokenizer, model.config["image_size"]
+        self.model, self.tokenizer, self.generate = model, tokenizer, model.generate
         self.start, self.prompt, self.eos, self.pad = [0], 1, 2, 1
         self.max_length = min(256, model.config["max_position_embeddings"])
         self.register_buffer("question", torch.tensor([tokenizer(
             " what does the image describe?")["input_ids"]]), False)  # paper: this, blank too [C]
         self.prepare = tv.Compose([
-            tv.Resize((side, side), tv.InterpolationMode.BICUBIC), tv.ToTensor(),
-            tv.Normalize([.5] * 3, [.5] * 3)])
-        self.generate = model.generate
+            tv.Resize([model.config["image_size"]] * 2, tv.InterpolationMode.BICUBIC),
+            tv.ToTensor(), tv.Normalize([.5] * 3, [.5] * 3)])
 
     def encode(self, pixels):
-        """pixels (B,3,h,w) -> states, see OFA.encode."""
         return self.model.encode(pixels, self.question.expand(len(pixels), -1))
 
     def logits(self, states, tokens):
@@ -2428,7 +2410,6 @@ class OFACaptioner(Captioner):
         return self.model.decode(states, tokens[:, :-1])
 
     def save(self, folder):
-        """For load_ofa."""
         from safetensors.torch import save_file
         write_json(Path(folder) / "config.json", self.model.config)
         self.tokenizer.save_pretrained(folder)
@@ -2436,34 +2417,33 @@ class OFACaptioner(Captioner):
                   f"{folder}/model.safetensors")
 
 def load_ofa(name):
-    """Hub name or folder: config.json, vocab.json, merges.txt, model.safetensors or
-    pytorch_model.bin, with fairseq's names too. -> OFACaptioner. UserError names wrong weights.
-    """
+    """Hub name or folder (config.json, vocab.json, merges.txt, weights) -> OFACaptioner."""
     from safetensors.torch import load_file
     from transformers import AddedToken, BartTokenizer
     from transformers.utils import cached_file
     config = json.loads(Path(cached_file(name, "config.json")).read_text("utf-8"))
     sides = {width: side for width, *_, side in OFA_SIZES.values()}
-    config = ofa_config("tiny") | {"image_size": sides.get(config["d_model"])} | config
-    model = OFA(config, config["freeze_bn"])
+    config = ofa_config("tiny") | {"image_size": sides.get(config.get("d_model"), 480)} | config
     try:
         path = cached_file(name, "model.safetensors")
     except OSError:
         path = cached_file(name, "pytorch_model.bin")
-    try:  # weights_only: never runs pickled code
-        state = load_file(path) if path.endswith("s") else torch.load(path, weights_only=True)
+    try:
+        state = (load_file(path) if path.endswith("s") else
+                 torch.load(path, "cpu", weights_only=True))  # never runs pickled code
+        model, tokenizer = OFA(config, config["freeze_bn"]), BartTokenizer.from_pretrained(name)
         # Integer buffers are computed here; fairseq's "version" means nothing.
         found = model.load_state_dict({
             ".".join(OFA_RENAMES.get(part, part) for part in key.split(".")): x for key, x in
             state.get("model", state).items()
             if x.is_floating_point() and not key.endswith(".version")}, strict=False)
-    except Exception as error:  # many kinds: a broken file, other shapes, pickled code
-        raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+    except Exception as error:  # many kinds: a broken file, other shapes, an unknown trunk
+        raise UserError(f"--captioner {name}: {' '.join(str(error).split())[:300]}") from None
     missing = [k for k in found.missing_keys if k not in OFA_TIED and "num_batches" not in k]
     if missing or found.unexpected_keys:
-        raise UserError(f"{path}: {len(missing)} weights missing {missing[:3]}, "
-                        f"{len(found.unexpected_keys)} unexpected {found.unexpected_keys[:3]}")
-    tokenizer = BartTokenizer.from_pretrained(name)
+        raise UserError(f"{path}: missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}")
+    if tokenizer.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>"]) != [0, 1, 2, 3]:
+        raise UserError(f"{name}: vocab.json and merges.txt are missing or not OFA's")
     # A published vocab.json may end before the codes of images and boxes.
     tokenizer.add_tokens([AddedToken(f"<{kind}_{k}>", lstrip=True, rstrip=True, normalized=False)
                           for kind, count in (("code", 8192), ("bin", 1000)) for k in range(count)

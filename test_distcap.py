@@ -1502,17 +1502,17 @@ def test_ofa_equals_the_original(ofa_case, dtype, tolerance):
         assert grads[name].norm().item() == pytest.approx(norm, rel=5 * tolerance), name
     # Every parameter that may learn has a gradient: DistributedDataParallel waits for it.
     total = torch.stack([g.norm() for g in grads.values()]).norm().item()
-    assert total == pytest.approx(OFA_WANT["total_grad"], rel=max(1e-8, 250 * tolerance))
+    assert total == pytest.approx(OFA_WANT["total_grad"], rel=250 * tolerance)
 
 
 def test_ofa_decodes_with_a_cache_as_without(ofa_case):
-    """Greedy and beam search against loops that run the whole network for every token."""
+    """Greedy and beam search against loops that run the whole decoder for every token."""
     net, images, ids, _ = ofa_case
-    net.train()  # dropout would be on, if there were any in the config
-    states = [x.detach() for x in net.eval().encode(images, ids)]
+    x, at, pad = states = [x.detach() for x in net.eval().encode(images, ids)]
 
     def log_p(b, row):
-        return net(images[b:b + 1], ids[b:b + 1], torch.tensor([row]))[0, -1].log_softmax(-1)
+        one = x[b:b + 1], at, pad[b:b + 1]
+        return net.decode(one, torch.tensor([row]))[0, -1].log_softmax(-1)
 
     with torch.no_grad():
         for b, got in enumerate(net.generate(states, max_new_tokens=8).tolist()):
@@ -1563,7 +1563,7 @@ def test_ofa_freezes_batchnorm_and_decodes_without_dropout(tmp_path):
     assert before and all(torch.equal(x, net.state_dict()[name]) for name, x in before.items())
     states = [x.detach() for x in net.encode(images, ids)]
     a, b = (net.generate(states, num_beams=2, max_new_tokens=8) for _ in range(2))
-    assert torch.equal(a, b) and net.training
+    assert torch.equal(a, b)
     live = fill(m.OFA(OFA_SMALL, freeze_bn=False)).train()
     assert not torch.allclose(live.encoder.embed_images(images)[:1],
                               live.encoder.embed_images(images[:1]), atol=1e-4)
@@ -1664,18 +1664,23 @@ def test_ofa_checks_its_weights_by_name(tmp_path):
     loaded = load().model.state_dict()
     assert all(torch.equal(x, loaded[k]) for k, x in state.items())
     for change, message in [
-            ({"encoder.pos_ln.weight": None}, "1 weights missing.*encoder.pos_ln.weight"),
-            ({"encoder.extra": torch.ones(2)}, "1 unexpected.*encoder.extra"),
+            ({"encoder.pos_ln.weight": None}, r"missing \['encoder.pos_ln.weight'\]"),
+            ({"encoder.extra": torch.ones(2)}, r"unexpected \['encoder.extra'\]"),
             ({"encoder.pos_ln.bias": torch.ones(3)}, "encoder.pos_ln.bias")]:
         torch.save({k: x for k, x in (state | change).items() if x is not None}, file)
         with pytest.raises(UserError, match=message) as error:
             load()
-        assert "\n" not in str(error.value) and "pytorch_model.bin" in str(error.value)
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
     torch.save({"model": state, "args": types.SimpleNamespace(a=1)}, file)  # pickled code
-    with pytest.raises(UserError, match="pytorch_model.bin"):
+    with pytest.raises(UserError, match="weights_only"):
         load()
     with pytest.raises(UserError, match="--prompt"):
         load("a photo of")
+    torch.save(state, file)
+    for file in ("vocab.json", "merges.txt"):
+        (tmp_path / file).unlink()
+        with pytest.raises(UserError, match="vocab.*merges"):
+            load()
 
 
 def test_ofa_trains_in_both_stages(workplace):
