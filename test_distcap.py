@@ -796,6 +796,10 @@ def test_predictions_without_pictures_say_what_is_missing(photos, capsys, monkey
     assert m.main(["eval", "--predictions", f"{photos}/r.json", "--data", "coco", "--annotations",
                    f"{photos}/captions_test.json", "--allow-missing"]) == 0
     assert "1 of 2 images are scored: one alone" in capsys.readouterr().out
+    (photos / "other.json").write_text(json.dumps(GOOD[1:]))
+    assert m.main(["eval", "--predictions", f"{photos}/r.json", f"{photos}/other.json", "--data",
+                   "coco", "--annotations", f"{photos}/captions_test.json", "--allow-missing"]) == 2
+    assert "no image in both" in capsys.readouterr().err
     metrics = json.loads((photos / "r.metrics.json").read_text())
     assert metrics["images"] == 1 and metrics["length"] == 3
     assert metrics["t2i_r1"] is None and "--images" in metrics["notes"]["t2i_r1"]
