@@ -4,7 +4,7 @@ RUN    ?= latest
 ARGS   ?=
 PY     := .venv/bin/python
 
-.PHONY: help train eval test spice
+.PHONY: help train eval test
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -20,11 +20,12 @@ train: .venv/ready  ## the whole pipeline on the toy world; flags in ARGS="--ste
 eval: .venv/ready  ## evaluate the latest run again, or RUN=runs/name
 	$(PY) distcap.py eval --run $(RUN) $(ARGS)
 
-test: .venv/ready  ## run the tests
-	$(PY) -m pytest -q test_distcap.py $(ARGS)
-
 LIB = $(shell $(PY) -c "import pycocoevalcap as p; print(p.__path__[0])")/spice/lib/stanford-corenlp-3.6.0
+.PHONY: spice
 spice: .venv/ready  ## fetch what the metric SPICE needs, 400 MB
 	@# pycocoevalcap looks for the code jar alone; the models' may be what is missing
 	test -f $(LIB).jar -a -f $(LIB)-models.jar || { rm -f $(LIB).jar && $(PY) -m pycocoevalcap.spice.get_stanford_models; }
 	test -f $(LIB).jar -a -f $(LIB)-models.jar
+
+test: .venv/ready  ## run the tests
+	$(PY) -m pytest -q test_distcap.py $(ARGS)

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 import types
-import zipfile
 from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
@@ -452,6 +451,7 @@ def test_spice_runs_the_jar_without_cache_and_out(tmp_path, monkeypatch):
 @needs_java
 def test_spice_finds_its_class_and_misses_corenlp_only(tmp_path):
     """The wheel's own jar really starts; empty jars in CoreNLP's place end in one line."""
+    import zipfile
     tokens = Future()
     tokens.set_result(({3: ["a cat"]}, {3: ["a dog"]}))
     for end in ("", "-models"):
