@@ -1427,7 +1427,7 @@ def spice_score(java, tokens, folder, seconds):
         # No -cache, no -out: on Java 15 and later both fail. First it prints the f-score of all.
         with java_process(java, "spice", "-Xmx8G", "-cp", path, "edu.anu.spice.SpiceScorer",
                           f"{work}/in", seconds=seconds) as jvm:
-            return float((re.findall(r"f-score:\s*(\S+)", jvm.communicate()[0]) or [""])[0])
+            return float((re.findall(r"f-score:\s*([\d.]+)", jvm.communicate()[0]) or [""])[0])
 
 def caption_metrics(references, captions, corenlp=""):
     """BLEU-1..4, METEOR, ROUGE-L, CIDEr and SPICE as COCO's evaluation computes them.
@@ -1737,7 +1737,7 @@ def eval_clips(hp, items):
     """Each --eval-clip: NAME (OpenAI's), NAME:PRETRAINED or folder. -> {"NAME/": (clip, (n,D))}."""
     found = {}
     for text in hp.eval_clip or ():
-        name, _, tag = (text, "", "") if os.path.isdir(text) else text.partition(":")
+        name, _, tag = text.partition(":") if not os.path.isdir(text) else (text, "", "")
         clip = load_clip(name, tag or "openai", hp.device)
         label = text if f"{name}/" in found else name.rstrip("/")  # two weights of one model
         found[f"{label}/"] = clip, embed_splits(hp, {"eval": items}, clip)["eval"]
@@ -1879,6 +1879,8 @@ def evaluate_predictions(hp):
     items = splits.get(hp.split, [])
     files = {path: load_predictions(path, items, hp.allow_missing) for path in hp.predictions}
     test = {"test": [x for x in items if all(x["image_id"] in file for file in files.values())]}
+    if not test["test"] or not all(os.access(Path(path).parent, os.W_OK) for path in files):
+        raise UserError("--predictions: no image in both files, or their folder is not writable")
     clip = None if blind else load_clip(hp.clip, hp.clip_pretrained, hp.device)
     emb = None if blind else embed_splits(hp, test, clip)["test"]
     test, few = test["test"], ": one alone makes CIDEr 0 (idf = log 1) and recalls 1"

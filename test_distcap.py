@@ -488,6 +488,7 @@ def test_spice_runs_the_jar_without_cache_and_out(tmp_path, monkeypatch):
 @needs_java
 def test_spice_finds_its_class_and_misses_corenlp_only(tmp_path):
     """The wheel's own jar really starts; empty jars in CoreNLP's place end in one line."""
+    import zipfile
     tokens = Future()
     tokens.set_result(({3: ["a cat"]}, {3: ["a dog"]}))
     for end in ("", "-models"):
@@ -832,6 +833,10 @@ def test_predictions_without_pictures_say_what_is_missing(photos, capsys, monkey
     assert m.main(["eval", "--predictions", f"{photos}/r.json", "--data", "coco", "--annotations",
                    f"{photos}/captions_test.json", "--allow-missing"]) == 0
     assert "1 of 2 images are scored: one alone" in capsys.readouterr().out
+    (photos / "other.json").write_text(json.dumps(GOOD[1:]))
+    assert m.main(["eval", "--predictions", f"{photos}/r.json", f"{photos}/other.json", "--data",
+                   "coco", "--annotations", f"{photos}/captions_test.json", "--allow-missing"]) == 2
+    assert "no image in both" in capsys.readouterr().err
     metrics = json.loads((photos / "r.metrics.json").read_text())
     assert metrics["images"] == 1 and metrics["length"] == 3
     assert metrics["t2i_r1"] is None and "--images" in metrics["notes"]["t2i_r1"]
