@@ -1798,7 +1798,7 @@ def print_speed(seconds, steps, hp):
     shares = ", ".join(f"{name} {s / whole:.0%}" for name, s in seconds.items())
     memory = (torch.cuda.max_memory_allocated() if hp.device.startswith("cuda") else  # ru: KiB
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    print(f"{steps * hp.batch_size * hp.grad_accum / whole:.1f} images/s ({shares}), "
+    print(f"{steps * hp.batch_size * hp.grad_accum / whole:.3g} images/s ({shares}), "
           f"peak memory {memory / 2 ** 30:.1f} GiB")
 
 def open_run(hp):
