@@ -2053,8 +2053,8 @@ COLUMNS = [*(f"{clip}{way}_r{k}" for clip in ("", "heldout/") for way in ("t2i",
 def study(hp):
     """`distcap.py study`: train each row that is missing; write study.json, .md and .png."""
     folder, rows, every = Path(hp.run), {}, ABLATION | VARIANCE | FAILURES | QUESTIONS
-    common = ["--steps", 40, "--eval-every", 10, "--eval-images", 200, *hp.flags.split(),
-              "--clip", folder / "clip", "--eval-clip", folder / "heldout"]
+    common = ["--steps", 40, "--eval-every", 10, "--eval-images", 200, "--device", hp.device,
+              *hp.flags.split(), "--clip", folder / "clip", "--eval-clip", folder / "heldout"]
     jobs = [(0, label) for label in every]
     jobs += [(seed, label) for seed in range(1, hp.seeds) for label in ABLATION]
     base = parse_flags(["train", *map(str, common)])  # a wrong --flags shows here
