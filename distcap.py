@@ -2037,7 +2037,8 @@ QUESTIONS = {
     "Q1a CLIP learns from GT": "--train-clip gt", "Q1b CLIP learns from RL": "--train-clip policy",
     "Q2 dot product": "--similarity dot", "Q3a tau .1": "--tau .1", "Q3b tau .004": "--tau .004",
     "Q4a alpha .5": "--alpha .5", "Q4b alpha .99": "--alpha .99", "Q5a batch 16": "--batch-size 16",
-    "Q5b no mined images": "--mined-images 0",
+    "Q5b no mined images": "--mined-images 0", "Q8a WTF weight 1": "--wtf-weight 1",
+    "Q8b the paper's form": "--wtf-weight 1 --no-center-reward",
     "Q6 10 times the steps": "--steps 400 --eval-every 50",
     "Q7a generic GT": "--gt-detail generic", "Q7b full GT": "--gt-detail full"}
 # Variance of the gradient on weights that stand still. The mean gradient over K batches has the
@@ -2098,7 +2099,7 @@ def gradient_variance(folder, pool):
 
 def study_claims(folder, row, accuracy):
     """-> list of (claim, what was measured, whether it holds). row(number, column) -> mean."""
-    recalls = [c for c in COLUMNS[:6]]
+    recalls = COLUMNS[:6]
     language = ["bleu4", "rouge_l", "cider", "meteor", "well_formed", "true"]
     def change(a, b, names):  # "bleu4 .300 -> .310, ..." and whether each grew or stayed
         return (", ".join(f"{n} {row(a, n):.3f} -> {row(b, n):.3f}" for n in names),
