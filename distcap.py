@@ -62,7 +62,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-VERSION = 1  # of the run folder's layout
+VERSION = 2  # of the run folder's layout
 
 class UserError(ValueError):
     """A mistake the user can mend: main() prints it in one line and exits with code 2."""
@@ -930,6 +930,13 @@ def gather(x):
     torch.distributed.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
+def collect(x):
+    """The Python object x of each process, in rank order. -> list."""
+    parts = [x] * rank_and_world()[1]
+    if len(parts) > 1:
+        torch.distributed.all_gather_object(parts, x)
+    return parts
+
 def unwrap(model):
     """The module inside DistributedDataParallel, or the module itself."""
     return getattr(model, "module", model)
@@ -1083,11 +1090,16 @@ def new_folder(path):
     os.rename(fresh, path)
 
 def save_checkpoint(path, stage, step, state):
-    """Everything a stage needs to go on: its step, networks, optimisers, random states."""
-    value = {"version": VERSION, "stage": stage, "step": step, "rng": torch.get_rng_state(),
-             "rng_cuda": torch.cuda.get_rng_state_all(),
-             "state": {name: part.state_dict() for name, part in state.items()}}
-    write_atomically(path, lambda file: torch.save(value, file))
+    """Everything a stage needs to go on: its step, networks, optimisers, all random states.
+
+    All processes call it, rank 0 writes.
+    """
+    rng = collect([torch.get_rng_state()] + (
+        [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []))
+    if rank_and_world()[0] == 0:
+        value = {"stage": stage, "step": step, "rng": rng,
+                 "state": {name: part.state_dict() for name, part in state.items()}}
+        write_atomically(path, lambda file: torch.save(value, file))
 
 def load_checkpoint(path, stage, state):
     """Restore `state` from the stage's checkpoint. -> its step; 0 where there is none."""
@@ -1098,9 +1110,10 @@ def load_checkpoint(path, stage, state):
         return 0
     for name, part in state.items():
         part.load_state_dict(saved["state"][name])
-    torch.set_rng_state(saved["rng"])
-    if saved["rng_cuda"]:
-        torch.cuda.set_rng_state_all(saved["rng_cuda"])
+    cpu, *cuda = saved["rng"][rank_and_world()[0]]
+    torch.set_rng_state(cpu)
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda[0])
     return saved["step"]
 
 def open_log(path, stage, start):
@@ -1209,8 +1222,8 @@ def run_stage(stage, step, batches, state, peaks, steps, validate, hp):
             bar.set_postfix({label: f"{info[name]:.3f}" for label, name in (
                 ("reward", "r_policy"), ("GT reward", "r_gt"), ("log p", "log_p_policy"),
                 ("log p GT", "log_p_gt"), ("D accuracy", "d_accuracy")) if name in info})
-            if (k + 1) % hp.checkpoint_every == 0 or k + 1 == steps:
-                save_checkpoint(run / "checkpoint.pt", stage, k + 1, state)
+        if (k + 1) % hp.checkpoint_every == 0 or k + 1 == steps:
+            save_checkpoint(run / "checkpoint.pt", stage, k + 1, state)
     return total, steps - start
 
 
@@ -1489,10 +1502,7 @@ def generate_captions(captioner, items, label, hp):
                 captioner.encode(pixels.to(hp.device)), num_beams=hp.num_beams,
                 no_repeat_ngram=hp.no_repeat_ngram, max_new_tokens=hp.max_new_tokens)
         mine |= zip(rows.tolist(), captioner.detokenize(tokens))
-    if world > 1:
-        parts = [None] * world
-        torch.distributed.all_gather_object(parts, mine)
-        mine = {row: caption for part in parts for row, caption in part.items()}
+    mine = {row: caption for part in collect(mine) for row, caption in part.items()}
     return [mine[row] for row in range(len(items))]
 
 def evaluate(captions, items, clip, emb, language=True, hp=None, others={}):
@@ -1823,16 +1833,19 @@ def evaluate_run(hp):
     vars(hp).update(vars(build_parser(hp.data != "toy").parse_args(["train"])) | vars(hp))  # newer
     items = load_items(hp)
     clip, test = open_clip_of(hp, items), {"test": items["test"]}
-    emb, test = embed_splits(hp, test, clip)["test"], test["test"]
+    emb, test = in_turn(lambda: embed_splits(hp, test, clip))["test"], test["test"]
     start = str(begun(hp, "captioner_tf")) if hp.tf_steps else hp.captioner
     before = load_captioner(start, hp.prompt).to(hp.device)
     old = json.loads((run / "metrics.json").read_text("utf-8"))
-    extra = {name: old[name] for name in ("discriminator_accuracy", "seconds_per_step")}
+    extra = {name: old.get(name) for name in ("discriminator_accuracy", "seconds_per_step")}
+    said = [generate_captions(net, test, f"captions after {label}", hp)
+            for net, label in ((before, "TF"), (captioner, "RL"))]
+    if rank_and_world()[0]:
+        return
     if hp.discriminator:
         words = {word for item in items["train"] for c in item["captions"] for word in c.split()}
         extra |= robustness(run, test[:200], sorted(words), clip, emb[:200])[0]
-    report(run, test, generate_captions(before, test, "captions after TF", hp),
-           generate_captions(captioner, test, "captions after RL", hp), clip, emb, extra, hp)
+    report(run, test, *said, clip, emb, extra, hp)
 
 def load_predictions(path, items, allow_missing):
     """COCO results, [{"image_id": int, "caption": str}] -> {image_id: caption} of these items.
