@@ -414,7 +414,6 @@ def load_captioner(name, prompt=""):
         if config.get("model_type") == "ofa":
             if prompt:
                 raise UserError(f"--prompt: OFA's is fixed; leave the flag out with {name}")
-            need("vocab.json", "merges.txt")
             return load_ofa(name)
         if config.get("model_type") != "blip":
             raise ValueError(f"of type {config.get('model_type')!r}, not blip or ofa")
