@@ -565,19 +565,23 @@ def facts_that_hold(facts, scenes):
 def oracle_metrics(captions, scenes):
     """What only a known world can measure; captions[k] is about scenes[k].
 
-    well_formed: share that parses. true: share of all stated facts that hold. facts: stated per
-    caption. oracle_r1, r5, r10: expected recall of the scene by how many facts hold in each.
-    A caption that does not parse states nothing.
+    well_formed: share that parses. true: share of all stated facts that hold; true_relations: of
+    the stated relations alone. facts: stated per caption; one that does not parse states nothing.
+    oracle_r1, r5, r10: expected recall of the scene by how many facts hold in each.
     """
     parsed = [parse_caption(c) for c in captions]
-    scores, stated = np.zeros((len(captions), len(scenes))), 0
+    scores, stated, related = np.zeros((len(captions), len(scenes))), 0, []
     for k, facts in enumerate(parsed):
         if facts is not None:
             scores[k], number = facts_that_hold(facts, scenes)
             stated += number
+            if facts[1]:
+                others, _ = facts_that_hold((facts[0], None, facts[2]), [scenes[k]])
+                related.append(scores[k, k] - others[0])
     found = expected_recall(torch.from_numpy(scores), torch.arange(len(captions)))
     return {"well_formed": 1 - parsed.count(None) / len(captions) if captions else 0.,
             "true": float(np.trace(scores) / max(stated, 1)), "facts": stated / len(captions),
+            "true_relations": float(np.mean(related)) if related else None,
             **{f"oracle_{k}": found[k].mean().item() for k in ("r1", "r5", "r10")}}
 
 def write_world(folder, seed, detail, counts=(8000, 500, 500)):
@@ -1531,7 +1535,7 @@ def evaluate(captions, items, clip, emb, language=True, hp=None, others={}):
 
 TABLE = ("t2i_r1 t2i_r5 t2i_r10 t2i_mrr i2t_r1 i2t_r5 i2t_r10 i2t_mrr clip_score ref_clip_score "
          "bleu1 bleu2 bleu3 bleu4 rouge_l cider meteor spice self_bleu distinct1 distinct2 "
-         "vocabulary length duplicates well_formed true facts oracle_r1").split()
+         "vocabulary length duplicates well_formed true true_relations facts oracle_r1").split()
 
 def print_table(rows, notes):
     """rows {label: metrics}: a line a metric, with its interval if there is one. notes: reasons."""
@@ -2277,7 +2281,7 @@ class OFA(nn.Module):
         trunk.layer4 = trunk.avgpool = trunk.fc = nn.Identity()  # 16 pixels a patch
         for name, weight in self.named_parameters():
             if weight.dim() == 2 or name.endswith("bias"):
-                nn.init.normal_(weight, std=.02 if weight.dim() == 2 else 0)
+                nn.init.normal_(weight, std=width ** -.5 if weight.dim() == 2 else 0)  # fairseq's
             # Parts that draw images: DistributedDataParallel would wait for their gradients.
             weight.requires_grad_(not re.match(r"decoder\.(code|embed_image|image)_", name))
 

@@ -235,8 +235,11 @@ def test_facts_by_hand():
     for broken in ("a red red circle", "a circle red", "two shapes on", "a red circle above", ""):
         assert m.parse_caption(broken) is None
     metrics = m.oracle_metrics(["a red circle above a blue cross", "word salad"], [scene, scene])
-    assert metrics == {"well_formed": .5, "true": 1., "facts": 2.5, "oracle_r1": .5,
-                       "oracle_r5": 1., "oracle_r10": 1.}
+    assert metrics == {"well_formed": .5, "true": 1., "true_relations": 1., "facts": 2.5,
+                       "oracle_r1": .5, "oracle_r5": 1., "oracle_r10": 1.}
+    metrics = m.oracle_metrics(["a blue cross above a red circle", "a circle below a shape",
+                                "a red circle and a blue cross"], [scene] * 3)
+    assert metrics["true_relations"] == 0 and metrics["true"] == 9 / 11
 
 
 def test_drawing_shows_the_facts():
