@@ -2127,7 +2127,7 @@ def study_claims(folder, row, accuracy):
              f"{accuracy:.3f}", accuracy > .9),
             ("WTF alone beats TF on all six recalls", *change(1, 2, recalls)),
             ("WTF alone loses no writing metric against TF", *change(1, 2, language)),
-            ("The bidirectional reward is better balanced: |t2i - i2t| of R@1",
+            ("The bidirectional reward is better balanced: gap of t2i and i2t R@1",
              f"uni {gap_uni:.3f}, bi {gap:.3f}", gap < gap_uni),
             ("The bidirectional reward has the better worse direction of R@1",
              f"uni {worse_uni:.3f}, bi {worse:.3f}", worse > worse_uni),
@@ -2176,7 +2176,7 @@ def draw_study(folder, table):
                   xerr=[np.std(v) for v in values], label=name)
     left.set_yticks(np.arange(len(labels)) + .3, labels)
     left.invert_yaxis()
-    left.legend(loc="lower right")
+    left.legend(loc="lower center", bbox_to_anchor=(.5, 1), ncols=4)
     for axes, name in zip(right, ("t2i_r1", "well_formed")):
         for label in [x for x in (*FAILURES, *ABLATION) if x in table and x[0] in "F59"]:
             log = (folder / f"{label.split()[0]}-0/log.jsonl").read_text("utf-8").splitlines()
