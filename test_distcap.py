@@ -876,7 +876,7 @@ def no_java(tmp_path_factory):
                          "PYTHONPATH": str(folder)}
 
 
-SMALL = ["--images", "world", "--clip-steps", 120, "--tf-steps", 200, "--steps", 18, "--eval-every",
+SMALL = ["--images", "world", "--clip-steps", 50, "--tf-steps", 130, "--steps", 18, "--eval-every",
          9, "--eval-images", 20, "--disc-images", 64, "--disc-steps", 60, "--batch-size", 32,
          "--checkpoint-every", 4, "--warmup", 4]
 
