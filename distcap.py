@@ -2674,6 +2674,9 @@ def setup_machine(hp):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
     hp.device = device
+    # Numbers below 1e-38 tell nothing and are slow on CPUs: BLIP-base's backward pass on random
+    # weights took 115 s with them, 4 s without.
+    torch.set_flush_denormal(True)
     if hp.bf16 is None:
         hp.bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
     if hp.workers is None:
