@@ -10,6 +10,7 @@ Captions in CLIP Guided Reinforcement Learning" (ICIP 2024).
     python distcap.py train                            # everything on a toy world, on a CPU
     python distcap.py eval --run runs/toy              # its table again
     python distcap.py caption photo.jpg --run runs/toy # a caption for an image file
+    python distcap.py study                            # the paper's claims, as rows of flags
     python distcap.py train --data karpathy --annotations dataset_coco.json --images coco/ \
         --captioner Salesforce/blip-image-captioning-base --tf-steps 0 --run runs/coco
     python distcap.py train --preset paper --data ...  # OFA-tiny and the paper's constants
