@@ -21,6 +21,8 @@ from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download; read when the libraries are imported
+
 import numpy as np
 import pytest
 import torch
