@@ -1757,6 +1757,10 @@ def eval_clips(hp, items):
         found[f"{label}/"] = clip, embed_splits(hp, {"eval": items}, clip)["eval"]
     return found
 
+def words_of(items):
+    """The different words of all captions, sorted. -> list of str."""
+    return sorted({word for item in items for c in item["captions"] for word in c.split()})
+
 def pretrain_discriminator(discriminator, captioner, items, embs, clip, hp):
     """Teach the discriminator GT against TF captions. -> accuracy on validation images.
 
@@ -1770,8 +1774,7 @@ def pretrain_discriminator(discriminator, captioner, items, embs, clip, hp):
         saved = torch.load(path, weights_only=True)
         discriminator.load_state_dict(saved["state"])
         return saved["accuracy"]
-    vocabulary = sorted({word for item in items["train"] for c in item["captions"]
-                         for word in c.split()})
+    vocabulary = words_of(items["train"]) if hp.regulariser == "grammar" else []
     for split in ("train", "val"):
         some = items[split][:hp.disc_images]
         generated = (generate_captions(captioner, some, f"TF captions, {split}", hp)
@@ -1847,8 +1850,7 @@ def evaluate_run(hp):
     if rank_and_world()[0]:
         return
     if hp.discriminator:
-        words = {word for item in items["train"] for c in item["captions"] for word in c.split()}
-        extra |= robustness(run, test[:200], sorted(words), clip, emb[:200])[0]
+        extra |= robustness(run, test[:200], words_of(items["train"]), clip, emb[:200])[0]
     report(run, test, *said, clip, emb, extra, hp)
 
 def load_predictions(path, items, allow_missing):
