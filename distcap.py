@@ -1562,7 +1562,9 @@ def report(run, items, before, after, clip, emb, extra, hp):
     """
     rows, ranks, others = {}, [], eval_clips(hp, items)
     for label, captions in (("after TF", before), ("after RL", after)):
-        rows[label], notes, each = evaluate(captions, items, clip, emb, hp=hp, others=others)
+        # A run that begins with another's TF captioner leaves its words to that one's report.
+        language = label == "after RL" or not hp.start
+        rows[label], notes, each = evaluate(captions, items, clip, emb, language, hp, others)
         ranks.append(each["t2i_rank"])
     if "scene" in items[0]:  # what the captions could reach in the toy world
         rng = random.Random(0)
@@ -1653,7 +1655,7 @@ def prepare(hp):
                  toy_captioner(captions)).to(hp.device)
     if hp.gradient_checkpointing:
         checkpoint_layers(captioner)
-    if rank_and_world()[0] == 0:
+    if hp.captioner and rank_and_world()[0] == 0:  # the toy's own models fit its captions
         count_cut(captions, captioner, clip)
     return items, clip, embs, bank, captioner
 
@@ -2035,9 +2037,9 @@ def bench(hp):
 # ==================================================================================================
 # 12. The study: the paper's claims as rows of flags
 # ==================================================================================================
-# A row is `distcap.py train` with the flags beside it, in a run folder of its own: a killed study
-# goes on where it stopped. All rows share a world, a reward CLIP and a held-out CLIP; the rows of a
-# seed share their TF captioner and discriminator: those of row 9, which therefore runs first.
+# A row is `distcap.py train` with the flags beside it, in a run folder and a process of its own, of
+# one thread, a row a core: a killed study goes on where it stopped. All rows share a world, a
+# reward CLIP and a held-out CLIP; those of a seed share row 9's TF captioner and discriminator.
 
 ALONE = "--wtf-weight 0 --alpha 1 --no-gt-in-pool"  # RL without GT captions anywhere
 ABLATION = {
@@ -2052,14 +2054,14 @@ FAILURES = {
     "F1 reward hacking": f"{ALONE} --reward similarity --lr 3e-3",
     "F2 divergence": f"{ALONE} --no-center-reward --mined-images 20 --mined-skip 0",
     "F3 collapse": f"{ALONE} --no-center-reward --reward unidirectional --lr 3e-3"}
-QUESTIONS = {
+QUESTIONS = {  # the long ones first: rows run side by side
+    "Q7a generic GT": "--gt-detail generic", "Q7b full GT": "--gt-detail full",
+    "Q6 10 times the steps": "--steps 400 --eval-every 50",
     "Q1a CLIP learns from GT": "--train-clip gt", "Q1b CLIP learns from RL": "--train-clip policy",
     "Q2 dot product": "--similarity dot", "Q3a tau .1": "--tau .1", "Q3b tau .004": "--tau .004",
     "Q4a alpha .5": "--alpha .5", "Q4b alpha .99": "--alpha .99", "Q5a batch 16": "--batch-size 16",
     "Q5b no mined images": "--mined-images 0", "Q8a WTF weight 1": "--wtf-weight 1",
-    "Q8b the paper's form": "--wtf-weight 1 --no-center-reward",
-    "Q6 10 times the steps": "--steps 400 --eval-every 50",
-    "Q7a generic GT": "--gt-detail generic", "Q7b full GT": "--gt-detail full"}
+    "Q8b the paper's form": "--wtf-weight 1 --no-center-reward"}
 # Variance of the gradient on weights that stand still. The mean gradient over K batches has the
 # expected squared norm S + V / K, S that of the expected gradient, V the variance: two K give both.
 STILL = "--wtf-weight 0 --alpha 1 --no-center-reward --lr 1e-12 --eval-images 9"
@@ -2072,11 +2074,9 @@ COLUMNS = [*(f"{clip}{way}_r{k}" for clip in ("", "heldout/") for way in ("t2i",
 
 def study(hp):
     """`distcap.py study`: train each row that is missing; write study.json, .md and .png."""
-    folder, rows, every = Path(hp.run), {}, ABLATION | VARIANCE | FAILURES | QUESTIONS
+    folder, rows, every = Path(hp.run), {}, QUESTIONS | ABLATION | VARIANCE | FAILURES
     common = ["--steps", 40, "--eval-every", 10, "--eval-images", 200, "--device", hp.device,
               *hp.flags.split(), "--clip", folder / "clip", "--eval-clip", folder / "heldout"]
-    jobs = [(0, label) for label in every]
-    jobs += [(seed, label) for seed in range(1, hp.seeds) for label in ABLATION]
     base = parse_flags(["train", *map(str, common)])  # a wrong --flags shows here
     setup_machine(base)
     base.images = str(folder / "world")
@@ -2084,7 +2084,11 @@ def study(hp):
         if not (folder / name).exists():
             train_toy_clip(load_items(base)["train"], folder / name, base.clip_steps, seed,
                            base.device)
-    for seed, label in tqdm(jobs, "study"):
+    jobs = [(seed, "9 full method") for seed in range(hp.seeds)] + [(0, label) for label in every]
+    jobs += [(seed, label) for seed in range(1, hp.seeds) for label in ABLATION]
+    done = {}
+
+    def train_row(seed, label):  # -> its metrics
         run, first = folder / f"{label.split()[0]}-{seed}", folder / f"9-{seed}"
         own_world = "--gt-detail" in every[label]
         argv = ["train", *common, *every[label].split(), "--run", run, "--seed", seed,
@@ -2092,21 +2096,29 @@ def study(hp):
                 *([] if own_world or run == first else ["--start", first])]
         if (run / "config.json").exists():
             argv = ["train", "--run", run, "--resume"]
+        if "--start" in argv:
+            done[seed, "9 full method"].result()
         if not (run / "metrics.json").exists():
-            with (open(folder / f"{run.name}.log", "a", encoding="utf-8") as log,
-                  contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
-                code = main([str(word) for word in argv])
-            if code == 130:
-                raise KeyboardInterrupt
-            if code:
+            with open(folder / f"{run.name}.log", "ab") as log:
+                end = subprocess.run([sys.executable, __file__, *map(str, argv)], stdout=log,
+                                     stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            if end.returncode:
                 raise UserError(f"study: row {label!r} failed; see {log.name}")
-        metrics = json.loads((run / "metrics.json").read_text("utf-8"))
-        rows.setdefault(label, []).append(metrics)
-        if run == first:
-            rows.setdefault("1 TF", []).append(metrics["rows"]["after TF"])
-        rows = {x: rows[x] for x in sorted(rows, key=lambda x: (  # 1 to 11, then V, F, Q
-            not x[0].isdigit(), int(re.match(r"\d*", x)[0] or 0)))}
-        table = write_study(folder, rows, {"1 TF": "no RL"} | every)
+        return json.loads((run / "metrics.json").read_text("utf-8"))
+
+    pool = ThreadPoolExecutor(hp.jobs or min(4, os.cpu_count() or 1))
+    try:
+        for job in dict.fromkeys(jobs):
+            done[job] = pool.submit(train_row, *job)
+        for (_, label), row in tqdm(done.items(), "study"):
+            rows.setdefault(label, []).append(row.result())
+            if label[0] == "9":
+                rows.setdefault("1 TF", []).append(row.result()["rows"]["after TF"])
+            rows = {x: rows[x] for x in sorted(rows, key=lambda x: (  # 1 to 11, then F, Q, V
+                not x[0].isdigit(), int(re.match(r"\d*", x)[0] or 0), x))}
+            table = write_study(folder, rows, {"1 TF": "no RL"} | every)
+    finally:
+        pool.shutdown(cancel_futures=True)
     draw_study(folder, table)
     print((folder / "study.md").read_text("utf-8"))
 
@@ -2619,6 +2631,7 @@ def build_parser(real=False, defaults=True):
             command.add_argument("image", nargs="+", help="image files")
         if name == "study":
             command.add_argument("--seeds", type=COUNT, default=3, help="of the ablation [3]")
+            command.add_argument("--jobs", type=COUNT, help="rows at a time [the cores, at most 4]")
             command.add_argument("--flags", default="", help="more flags for every row, in quotes")
         command.add_argument("--run", default="runs/study" if name == "study" else "latest",
                              help="folder of a run [the newest; study: runs/study]")
