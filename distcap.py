@@ -319,9 +319,8 @@ class BlipCaptioner(Captioner):
         """pixels (B,3,h,w) -> states (B,N,H)."""
         return self.model.vision_model(pixel_values=pixels)[0]
 
-    @torch.no_grad()
-    def generate(self, states, num_beams=1, sample=False, no_repeat_ngram=0, max_new_tokens=50):
-        """transformers' own search with a KV cache, in which beams share their image's states."""
+    def shared_cache(self, states, num_beams):
+        """A KV cache that holds the states' keys and values already. -> EncoderDecoderCache."""
         from transformers import DynamicCache, EncoderDecoderCache
         shared = DynamicCache()  # keys and values of the states: projected once an image ...
         for k, layer in enumerate(self.model.text_decoder.bert.encoder.layer):
@@ -330,12 +329,17 @@ class BlipCaptioner(Captioner):
                             .transpose(1, 2).repeat_interleave(num_beams, 0)
                             for part in (cross.key, cross.value)), k)  # (B * beams,heads,N,H/heads)
         shared.reorder_cache = lambda beams: None  # ... and the same in all beams of an image
+        return EncoderDecoderCache(DynamicCache(), shared)
+
+    @torch.no_grad()
+    def generate(self, states, num_beams=1, sample=False, no_repeat_ngram=0, max_new_tokens=50):
+        """transformers' own search with a KV cache, in which beams share their image's states."""
         start = torch.tensor([self.start], device=states.device).expand(len(states), -1)
         tokens = self.model.text_decoder.generate(
             input_ids=start, attention_mask=torch.ones_like(start), encoder_hidden_states=states,
             encoder_attention_mask=states.new_ones(states.shape[:2], dtype=torch.long),
-            past_key_values=EncoderDecoderCache(DynamicCache(), shared),
-            num_beams=num_beams, do_sample=sample, no_repeat_ngram_size=no_repeat_ngram,
+            past_key_values=self.shared_cache(states, num_beams), num_beams=num_beams,
+            do_sample=sample, no_repeat_ngram_size=no_repeat_ngram,
             **({"top_k": 0} if sample else {}),  # else transformers samples from 50 words only
             max_new_tokens=min(max_new_tokens, self.max_length - self.prompt),
             eos_token_id=self.eos, pad_token_id=self.pad)
@@ -1968,8 +1972,11 @@ def caption_files(hp):
 
 class AsReleased(BlipCaptioner):
     """Works as the released code does: the image encoder runs for each of beam, greedy, GT and
-    policy captions, log p is computed one by one, GT is padded. Its "states" are the pixels.
+    policy captions, each beam projects the states, log p is computed one by one, GT is padded. Its
+    "states" are the pixels.
     """
+
+    shared_cache = staticmethod(lambda states, num_beams: None)  # transformers makes its own
 
     def generate(self, pixels, **how):
         """pixels (B,3,h,w) -> tokens (B,T)."""
@@ -2074,6 +2081,7 @@ COLUMNS = [*(f"{clip}{way}_r{k}" for clip in ("", "heldout/") for way in ("t2i",
 
 def study(hp):
     """`distcap.py study`: train each row that is missing; write study.json, .md and .png."""
+    import fcntl
     folder, rows, every = Path(hp.run), {}, QUESTIONS | ABLATION | VARIANCE | FAILURES
     common = ["--steps", 40, "--eval-every", 10, "--eval-images", 200, "--device", hp.device,
               *hp.flags.split(), "--clip", folder / "clip", "--eval-clip", folder / "heldout"]
@@ -2098,12 +2106,13 @@ def study(hp):
             argv = ["train", "--run", run, "--resume"]
         if "--start" in argv:
             done[seed, "9 full method"].result()
-        if not (run / "metrics.json").exists():
-            with open(folder / f"{run.name}.log", "ab") as log:
+        with open(folder / f"{run.name}.log", "ab") as log:
+            fcntl.flock(log, fcntl.LOCK_EX)  # waits if a killed study left this row running
+            if not (run / "metrics.json").exists():
                 end = subprocess.run([sys.executable, __file__, *map(str, argv)], stdout=log,
                                      stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-            if end.returncode:
-                raise UserError(f"study: row {label!r} failed; see {log.name}")
+                if end.returncode:
+                    raise UserError(f"study: row {label!r} failed; see {log.name}")
         return json.loads((run / "metrics.json").read_text("utf-8"))
 
     pool = ThreadPoolExecutor(hp.jobs or min(4, os.cpu_count() or 1))
@@ -2771,10 +2780,13 @@ def main(argv=None):
              "study": study, "bench": bench}[hp.command](hp)
         return 0
     except UserError as error:
+        # torchrun ends the others as soon as one has failed: a mistake they share shows once.
+        time.sleep(3 * (os.environ.get("RANK", "0") != "0"))
         print(f"distcap: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("distcap: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("distcap: stopped; train --resume goes on from the last checkpoint, a study where it "
+              "was", file=sys.stderr)
         return 130
 
 

@@ -1073,42 +1073,62 @@ def test_gradient_variance_is_that_within_the_groups(tmp_path):
     assert s + v / 8 == pytest.approx((groups.mean(1) ** 2).sum(-1).mean())
 
 
-def test_the_study_adds_up_runs(tmp_path, capsys):
-    """Finished runs with made-up metrics: means, spreads, claims and pictures follow from them."""
+@pytest.fixture()
+def study_of_made_up_rows(tmp_path, monkeypatch):
+    """The study's folder; instead of training, a row draws its metrics. -> folder, argv of rows."""
+    rng, started = random.Random(0), []
     for folder in ("clip", "heldout", "world"):
         (tmp_path / folder).mkdir()
-    rng = random.Random(0)
-    for label in [*m.ABLATION, *m.FAILURES, *m.QUESTIONS, *m.VARIANCE]:
-        for seed in range(2 if label in m.ABLATION else 1):
-            run = tmp_path / f"{label.split()[0]}-{seed}"
-            run.mkdir()
-            names = [c.replace("heldout", f"{tmp_path}/heldout") for c in m.COLUMNS]
-            metrics = {c: rng.random() for c in names} | {"t2i_r1": .5 + seed / 10}
-            metrics["discriminator_accuracy"] = .8 + .05 * seed
-            tf = {c: metrics[c] - .1 for c in names}
-            m.write_json(run / "metrics.json", metrics | {"rows": {"after TF": tf}})
-            m.write_json(run / "captions.json", [{"image_id": k, "caption": run.name}
-                                                 for k in range(120)])
-            gradient = 3 if "no-" in run.name else 2
-            (run / "log.jsonl").write_text(json.dumps(
-                {"stage": "rl", "step": 3, "val": metrics, "grad_captioner":
-                 gradient if run.name.startswith("V1") else 1}) + "\n")
-    assert m.main(["study", "--run", str(tmp_path), "--seeds", "2"]) == 0
-    text = (tmp_path / "study.md").read_text()
+
+    def train(argv, env, **streams):
+        hp = m.parse_flags(argv[2:])
+        run, seed = Path(hp.run), hp.seed
+        started.append(argv[2:])
+        assert env["OMP_NUM_THREADS"] == "1" and argv[1] == m.__file__
+        assert not hp.start or (Path(hp.start) / "metrics.json").exists()
+        names = [c.replace("heldout", f"{tmp_path}/heldout") for c in m.COLUMNS]
+        metrics = {c: rng.random() for c in names} | {"t2i_r1": .5 + seed / 10}
+        metrics["discriminator_accuracy"] = .8 + .05 * seed
+        tf = {c: metrics[c] - .1 for c in names}
+        run.mkdir()
+        m.write_json(run / "captions.json", [{"image_id": k, "caption": run.name}
+                                             for k in range(120)])
+        gradient = 3 if "no-" in run.name else 2
+        (run / "log.jsonl").write_text(json.dumps(
+            {"stage": "rl", "step": 3, "val": metrics, "grad_captioner":
+             gradient if run.name.startswith("V1") else 1}) + "\n")
+        m.write_json(run / "metrics.json", metrics | {"rows": {"after TF": tf}})
+        return subprocess.CompletedProcess(argv, 2 if run.name == env.get("FAIL") else 0)
+
+    monkeypatch.setattr(m.subprocess, "run", train)
+    return tmp_path, started
+
+
+def test_the_study_adds_up_runs(study_of_made_up_rows, capsys):
+    """Means, spreads, claims and pictures follow from the rows; a second call starts none."""
+    folder, started = study_of_made_up_rows
+    assert m.main(["study", "--run", str(folder), "--seeds", "2"]) == 0
+    rows = 2 * len(m.ABLATION) + len(m.FAILURES) + len(m.QUESTIONS) + len(m.VARIANCE)
+    assert len(started) == rows == len({argv[argv.index("--run") + 1] for argv in started})
+    text = (folder / "study.md").read_text()
     line = [x for x in text.splitlines() if x.startswith("| 2 WTF alone")][0]
     assert "| `--rl-weight 0` | 0.550 ± 0.050 |" in line
     assert "| 1 TF |" in text and "| 0.450 ± 0.050 |" in text
-    claims = json.loads((tmp_path / "study.json").read_text())["claims"]
+    claims = json.loads((folder / "study.json").read_text())["claims"]
     assert claims[0] == [claims[0][0], "0.825", "False"]
     assert claims[-1][1].startswith("without 9.14, with 3.43") and claims[-1][2] == "True"
-    assert "* F1-0" in text and Image.open(tmp_path / "study.png").size[0] > 1000
+    assert "* F1-0" in text and Image.open(folder / "study.png").size[0] > 1000
+    assert m.main(["study", "--run", str(folder), "--seeds", "2"]) == 0 and len(started) == rows
 
 
-def test_a_row_of_the_study_that_fails_is_named(tmp_path, capsys, monkeypatch):
-    for folder in ("clip", "heldout"):
-        (tmp_path / folder).mkdir()
-    assert m.main(["study", "--run", str(tmp_path), "--flags", "--bogus 1"]) == 2
-    assert "--bogus" in capsys.readouterr().err and not (tmp_path / "9-0").exists()
+def test_a_row_of_the_study_that_fails_is_named(study_of_made_up_rows, capsys, monkeypatch):
+    folder, started = study_of_made_up_rows
+    assert m.main(["study", "--run", str(folder), "--flags", "--bogus 1"]) == 2
+    assert "--bogus" in capsys.readouterr().err and not started
+    monkeypatch.setenv("FAIL", "F2-0")
+    assert m.main(["study", "--run", str(folder), "--jobs", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "row 'F2 divergence' failed; see " in said and "F2-0.log" in said
 
 
 # -- The step --------------------------------------------------------------------------------------
