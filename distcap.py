@@ -2061,9 +2061,10 @@ FAILURES = {
     "F1 reward hacking": f"{ALONE} --reward similarity --lr 3e-3",
     "F2 divergence": f"{ALONE} --no-center-reward --mined-images 20 --mined-skip 0",
     "F3 collapse": f"{ALONE} --no-center-reward --reward unidirectional --lr 3e-3"}
-QUESTIONS = {  # the long ones first: rows run side by side
+LONG = {  # not with --seeds 1
     "Q7a generic GT": "--gt-detail generic", "Q7b full GT": "--gt-detail full",
-    "Q6 10 times the steps": "--steps 400 --eval-every 50",
+    "Q6 10 times the steps": "--steps 400 --eval-every 50"}
+QUESTIONS = {
     "Q1a CLIP learns from GT": "--train-clip gt", "Q1b CLIP learns from RL": "--train-clip policy",
     "Q2 dot product": "--similarity dot", "Q3a tau .1": "--tau .1", "Q3b tau .004": "--tau .004",
     "Q4a alpha .5": "--alpha .5", "Q4b alpha .99": "--alpha .99", "Q5a batch 16": "--batch-size 16",
@@ -2082,7 +2083,8 @@ COLUMNS = [*(f"{clip}{way}_r{k}" for clip in ("", "heldout/") for way in ("t2i",
 def study(hp):
     """`distcap.py study`: train each row that is missing; write study.json, .md and .png."""
     import fcntl
-    folder, rows, every = Path(hp.run), {}, QUESTIONS | ABLATION | VARIANCE | FAILURES
+    folder, rows, every = Path(hp.run), {}, ABLATION | VARIANCE | FAILURES | QUESTIONS
+    every = LONG | every if hp.seeds > 1 else every  # first: rows run side by side
     common = ["--steps", 40, "--eval-every", 10, "--eval-images", 200, "--device", hp.device,
               *hp.flags.split(), "--clip", folder / "clip", "--eval-clip", folder / "heldout"]
     base = parse_flags(["train", *map(str, common)])  # a wrong --flags shows here

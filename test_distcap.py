@@ -1108,7 +1108,7 @@ def test_the_study_adds_up_runs(study_of_made_up_rows, capsys):
     """Means, spreads, claims and pictures follow from the rows; a second call starts none."""
     folder, started = study_of_made_up_rows
     assert m.main(["study", "--run", str(folder), "--seeds", "2"]) == 0
-    rows = 2 * len(m.ABLATION) + len(m.FAILURES) + len(m.QUESTIONS) + len(m.VARIANCE)
+    rows = sum(map(len, (m.ABLATION, m.ABLATION, m.FAILURES, m.QUESTIONS, m.LONG, m.VARIANCE)))
     assert len(started) == rows == len({argv[argv.index("--run") + 1] for argv in started})
     text = (folder / "study.md").read_text()
     line = [x for x in text.splitlines() if x.startswith("| 2 WTF alone")][0]
@@ -1126,9 +1126,10 @@ def test_a_row_of_the_study_that_fails_is_named(study_of_made_up_rows, capsys, m
     assert m.main(["study", "--run", str(folder), "--flags", "--bogus 1"]) == 2
     assert "--bogus" in capsys.readouterr().err and not started
     monkeypatch.setenv("FAIL", "F2-0")
-    assert m.main(["study", "--run", str(folder), "--jobs", "1"]) == 2
+    assert m.main(["study", "--run", str(folder), "--jobs", "1", "--seeds", "1"]) == 2
     said = capsys.readouterr().err
     assert "row 'F2 divergence' failed; see " in said and "F2-0.log" in said
+    assert not any(f"{label.split()[0]}-0" in str(started) for label in m.LONG)
 
 
 # -- The step --------------------------------------------------------------------------------------
