@@ -307,6 +307,9 @@ class BlipCaptioner(Captioner):
         from torchvision import transforms as tv
         text, size = model.config.text_config, image_processor.size
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        for layer in model.vision_model.modules():
+            if hasattr(layer, "qkv"):
+                layer.forward = functools.partial(fused_attention, layer)
         # transformers' own generate() for BLIP: starts with BOS, ends with SEP.
         self.eos, self.pad = text.sep_token_id, text.pad_token_id
         self.start = [text.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
@@ -319,27 +322,27 @@ class BlipCaptioner(Captioner):
         """pixels (B,3,h,w) -> states (B,N,H)."""
         return self.model.vision_model(pixel_values=pixels)[0]
 
-    def shared_cache(self, states, num_beams):
-        """A KV cache that holds the states' keys and values already. -> EncoderDecoderCache."""
-        from transformers import DynamicCache, EncoderDecoderCache
-        shared = DynamicCache()  # keys and values of the states: projected once an image ...
-        for k, layer in enumerate(self.model.text_decoder.bert.encoder.layer):
-            cross = layer.crossattention.self
-            shared.update(*(part(states).unflatten(-1, (cross.num_attention_heads, -1))
-                            .transpose(1, 2).repeat_interleave(num_beams, 0)
-                            for part in (cross.key, cross.value)), k)  # (B * beams,heads,N,H/heads)
-        shared.reorder_cache = lambda beams: None  # ... and the same in all beams of an image
-        return EncoderDecoderCache(DynamicCache(), shared)
-
     @torch.no_grad()
-    def generate(self, states, num_beams=1, sample=False, no_repeat_ngram=0, max_new_tokens=50):
-        """transformers' own search with a KV cache, in which beams share their image's states."""
+    def generate(self, states, **how):
+        """Search in which the beams of an image share the keys and values of its states."""
+        layers = [x.crossattention.self for x in self.model.text_decoder.bert.encoder.layer]
+        for cross in layers:
+            cross.forward = functools.partial(shared_attention, cross, *(
+                part(states).unflatten(-1, (cross.num_attention_heads, -1)).transpose(1, 2)
+                for part in (cross.key, cross.value)))
+        try:
+            return self.search(states, **how)
+        finally:
+            for cross in layers:
+                del cross.forward
+
+    def search(self, states, num_beams=1, sample=False, no_repeat_ngram=0, max_new_tokens=50):
+        """transformers' own search, with a KV cache."""
         start = torch.tensor([self.start], device=states.device).expand(len(states), -1)
         tokens = self.model.text_decoder.generate(
             input_ids=start, attention_mask=torch.ones_like(start), encoder_hidden_states=states,
             encoder_attention_mask=states.new_ones(states.shape[:2], dtype=torch.long),
-            past_key_values=self.shared_cache(states, num_beams), num_beams=num_beams,
-            do_sample=sample, no_repeat_ngram_size=no_repeat_ngram,
+            num_beams=num_beams, do_sample=sample, no_repeat_ngram_size=no_repeat_ngram,
             **({"top_k": 0} if sample else {}),  # else transformers samples from 50 words only
             max_new_tokens=min(max_new_tokens, self.max_length - self.prompt),
             eos_token_id=self.eos, pad_token_id=self.pad)
@@ -372,6 +375,26 @@ class BlipCaptioner(Captioner):
         """A folder that transformers' from_pretrained reads too (the toy's image encoder apart)."""
         for part in (self.model, self.tokenizer, self.image_processor):
             part.save_pretrained(folder)
+
+def fused_attention(layer, hidden_states, **_):
+    """Self-attention of BLIP's image encoder by torch's fused kernel. (B,N,H) -> (B,N,H), None.
+
+    transformers has it step by step only, with (B,heads,N,N) numbers to keep at each step.
+    """
+    qkv = layer.qkv(hidden_states).unflatten(-1, (3, layer.num_heads, -1))  # (B,N,3,heads,H/heads)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=layer.dropout.p * layer.training)
+    return layer.projection(y.transpose(1, 2).flatten(2)), None
+
+def shared_attention(layer, key, value, hidden_states, **_):
+    """BLIP's cross-attention for B images with K beams each. (BK,u,H) -> (BK,u,H), None.
+
+    key, value (B,heads,N,H/heads): the beams are queries of one row, so nothing is copied.
+    """
+    q = layer.query(hidden_states).view(len(key), -1, layer.all_head_size)
+    q = q.unflatten(-1, (key.shape[1], -1)).transpose(1, 2)  # (B,heads,Ku,H/heads)
+    y = F.scaled_dot_product_attention(q, key, value)
+    return y.transpose(1, 2).reshape(hidden_states.shape), None
 
 class ConvEncoder(nn.Module):
     """The toy captioner's eyes: three strided convolution stages. (B,3,h,w) -> (B,N,H), N = hw/64.
@@ -1972,16 +1995,14 @@ def caption_files(hp):
 
 class AsReleased(BlipCaptioner):
     """Works as the released code does: the image encoder runs for each of beam, greedy, GT and
-    policy captions, each beam projects the states, log p is computed one by one, GT is padded. Its
-    "states" are the pixels.
+    policy captions, each beam has its own keys, log p is computed one by one, GT is padded. Its
+    "states" are the pixels. Attention is that of transformers.
     """
 
-    shared_cache = staticmethod(lambda states, num_beams: None)  # transformers makes its own
-
+    @torch.no_grad()
     def generate(self, pixels, **how):
         """pixels (B,3,h,w) -> tokens (B,T)."""
-        with torch.no_grad():
-            return super().generate(self.encode(pixels), **how)
+        return self.search(self.encode(pixels), **how)
 
     def forward(self, pixels, decode):
         """See Captioner.forward."""
@@ -2020,6 +2041,8 @@ def bench(hp):
     whole, losses = [], []
     for kind in (BlipCaptioner, AsReleased):
         captioner.__class__, total = kind, Counter()
+        for layer in captioner.modules() if kind is AsReleased else ():
+            vars(layer).pop("forward", None)
         for step in range(hp.steps + 1):  # the first warms up
             with stopwatch("update", spent := {}, hp.device):
                 optimizer.zero_grad()
