@@ -1352,6 +1352,7 @@ def test_real_models_go_through_train_eval_and_caption(photos, tiny, monkeypatch
     pixels = torch.stack([ours.prepare(open_image(photos / f"img/{n}.png")) for n in range(2)])
     tokens = ours.generate(ours.encode(pixels), num_beams=3, max_new_tokens=6)
     theirs = model.eval().generate(pixels, num_beams=3, max_new_tokens=6)
+    torch.testing.assert_close(ours.encode(pixels), model.vision_model(pixel_values=pixels)[0])
     assert ours.detokenize(tokens) == ours.tokenizer.batch_decode(theirs[:, 1:],
                                                                   skip_special_tokens=True)
     before = (run / "metrics.json").read_text()
