@@ -29,6 +29,7 @@ Symbols, also in the shape comments
     N patches an image encoder gives  H width of the captioner tau temperature of the contrast
     t, i unit-norm CLIP embedding of a caption, of an image    r reward, one number a caption
 
+Sections 1, 2, 3 and 8 are the method; the others feed it, drive it and measure it.
 `# paper:` marks what the paper says, `# DEPARTS:` where this file does otherwise, and why.
 [S], [C] in comments: the authors' slides, their released code.
 """
@@ -1650,7 +1651,7 @@ def draw_report(run, shown, rows):
         axes.axis("off")
         for text, color, y in ((f"TF: {tf}", "firebrick", -.05), (f"RL: {rl}", "darkgreen", -.48),
                                (f"human: {item['captions'][0]}", "black", -.91)):
-            axes.text(0, y, fill(text, 30), color=color, va="top", transform=axes.transAxes)
+            axes.text(0, y, fill(text, 28), color=color, va="top", transform=axes.transAxes)
     figure.savefig(run / "report.png", dpi=80)
     plt.close(figure)
 
