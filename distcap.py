@@ -325,7 +325,10 @@ class BlipCaptioner(Captioner):
 
     @torch.no_grad()
     def generate(self, states, **how):
-        """Search in which the beams of an image share the keys and values of its states."""
+        """states (B,N,H) -> tokens (B,T). Beams share the keys and values of their image's states.
+
+        how: what search takes beside the states.
+        """
         layers = [x.crossattention.self for x in self.model.text_decoder.bert.encoder.layer]
         for cross in layers:
             cross.forward = functools.partial(shared_attention, cross, *(
@@ -338,7 +341,7 @@ class BlipCaptioner(Captioner):
                 del cross.forward
 
     def search(self, states, num_beams=1, sample=False, no_repeat_ngram=0, max_new_tokens=50):
-        """transformers' own search, with a KV cache."""
+        """transformers' own search with a KV cache; see Captioner.generate. Pads follow eos."""
         start = torch.tensor([self.start], device=states.device).expand(len(states), -1)
         tokens = self.model.text_decoder.generate(
             input_ids=start, attention_mask=torch.ones_like(start), encoder_hidden_states=states,
@@ -2043,7 +2046,7 @@ def bench(hp):
     for kind in (BlipCaptioner, AsReleased):
         captioner.__class__, total = kind, Counter()
         for layer in captioner.modules() if kind is AsReleased else ():
-            vars(layer).pop("forward", None)
+            vars(layer).pop("forward", None)  # fused_attention gives way to transformers' own
         for step in range(hp.steps + 1):  # the first warms up
             with stopwatch("update", spent := {}, hp.device):
                 optimizer.zero_grad()
@@ -2551,7 +2554,8 @@ FLAGS = {"input and output": {
     "images": (str, "", "", "image folders, likewise; toy: where to draw the world"),
     "run": (str, "runs/toy", "runs/real", "folder of results"),
     "cache": (str, "data/cache", "data/cache", "folder of CLIP embeddings"),
-    "start": (str, "", "", "run whose CLIP, TF captioner and discriminator this run begins with"),
+    "start": (str, "", "", "run to take CLIP, TF captioner and discriminator from; its report has "
+                           "TF's BLEU to SPICE"),
     "corenlp": (str, "", "", "folder of SPICE's CoreNLP jars; default: where make spice puts them"),
     "resume": (bool, False, False, "go on with --run, with its own flags, bit for bit"),
     "overwrite": (bool, False, False, "delete --run first"),
