@@ -1857,3 +1857,141 @@ def test_two_processes_make_the_steps_of_one(workplace, no_java):
     first, second = (json.loads((run / "metrics.json").read_text())["rows"]["after TF"]
                      for run in runs)
     assert first == pytest.approx(second, abs=1e-9)
+
+
+# -- Ten steps of the first edition, as numbers ----------------------------------------------------
+
+FIRST_EDITION = {  # losses of the captioner; of the discriminator in the full method
+    "full": [
+        2.110388, 0.3163072, -0.0046164, 2.020405, 1.544059, 0.6968309, 0.7000628,
+        0.8392659, 0.642817, 1.188141],
+    "similarity, no GT in the pool": [
+        0.7362831, 0.1283702, 0.0055009, 0.9920914, 0.4929903, 0.3740338, 0.2243218,
+        0.3722331, 0.1515576, 0.1694838],
+    "unidirectional as printed": [
+        -2.155996, -3.866106, -3.902232, -2.203419, -2.141007, -4.352549, -4.154509,
+        -2.711486, -2.353049, -3.363938],
+    "WTF alone": [
+        1.624624, 0.5075341, 0.5425769, 1.136098, 1.022133, 1.324906, 1.056959,
+        0.5911341, 0.6695461, 1.268503],
+    "no regulariser, no greedy": [
+        2.50405, 0.2247613, 0.0549807, 1.696733, 1.776253, 0.654821, 0.8482146,
+        0.6956998, 0.6341194, 0.4426],
+    "TF": [
+        5.66889, 5.524857, 4.964387, 4.844026, 4.904612, 4.810708, 5.096965,
+        4.876692, 4.69906, 4.923817],
+    "discriminator": [
+        0.7046313, 0.6031411, 0.5375799, 0.5673978, 0.4999847, 0.6640055, 0.4899882,
+        0.5168336, 0.4980606, 0.5199814]}
+
+
+def frozen_weights(model):
+    """The same numbers whatever the version of torch: each tensor by the checksum of its name."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(weight.shape)
+            if weight.dim() > 1:
+                draw *= 1.5 / math.sqrt(weight[0].numel())
+            else:
+                is_gain = name.endswith("weight") and ("orm" in name or ".ln_" in name or name[:3] == "ln_")
+                draw = draw * .1 + is_gain
+            weight.copy_(torch.from_numpy(np.asarray(draw)))
+    return model
+
+def frozen_models():
+    import open_clip
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BlipConfig, BlipForConditionalGeneration, PreTrainedTokenizerFast
+    words = ["[PAD]", "[BOS]", "[EOS]", "[UNK]"] + [f"w{k}" for k in range(60)]
+    inner = Tokenizer(models.WordLevel({w: k for k, w in enumerate(words)}, "[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", bos_token="[BOS]",
+                                        eos_token="[EOS]", unk_token="[UNK]", sep_token="[EOS]")
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
+    blip = BlipForConditionalGeneration(BlipConfig(
+        text_config={**size, **ids, "vocab_size": 64, "max_position_embeddings": 64, "encoder_hidden_size": 32},
+        vision_config={**size, "image_size": 32, "patch_size": 8}))
+    clip = open_clip.CLIP(24, {"layers": 1, "width": 32, "patch_size": 8, "image_size": 32, "head_width": 16},
+                          {"context_length": 80, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1})
+    frozen_weights(blip.eval()); frozen_weights(clip)
+    with torch.no_grad():
+        clip.logit_scale.fill_(float(np.log(50)))
+
+    def clip_tokens(texts, context_length=None):
+        rows = torch.zeros(len(texts), context_length or 80, dtype=torch.long)
+        for row, text in zip(rows, texts):
+            ids = [1, *(int("0" + w[1:]) + 3 for w in text.split()), 63][:len(row)]
+            row[:len(ids)] = torch.tensor(ids)
+        return rows
+    return blip, tokenizer, clip, clip_tokens
+
+def frozen_batches(clip):
+    draw = np.random.RandomState(7)
+    captions = [" ".join(f"w{k}" for k in draw.randint(0, 59, draw.randint(4, 12))) for _ in range(80)]
+    pixels = torch.from_numpy(draw.standard_normal((24, 3, 32, 32))).float()
+    emb = F.normalize(torch.from_numpy(draw.standard_normal((24, 24))).float() , dim=-1)
+    near = torch.from_numpy(np.stack([(np.arange(24) + 5) % 24, (np.arange(24) + 9) % 24], 1))
+    bank = {"emb": emb, "ids": torch.arange(24) // 2 * 2 + torch.arange(24) % 3 // 2, "near": near}
+    batches = []
+    for step in range(10):
+        rows = torch.from_numpy(draw.permutation(24)[:6])
+        text = [captions[k] for k in draw.randint(0, 80, 6)]
+        batches.append({"rows": rows, "pixels": pixels[rows], "captions": text, "t_gt": clip.encode_texts(text)})
+    return bank, batches
+
+
+STEP_CASES = {
+    "full": {},
+    "similarity, no GT in the pool": {"reward": "similarity", "gt_in_pool": False},
+    "unidirectional as printed": {"reward": "unidirectional", "center_reward": False, "wtf_weight": 2.},
+    "WTF alone": {"rl_weight": 0.},
+    "no regulariser, no greedy": {"alpha": 1., "greedy_in_pool": False, "num_beams": 2},
+}
+
+
+@pytest.mark.parametrize("name", STEP_CASES)
+def test_ten_steps_give_the_losses_of_the_first_edition(name):
+    blip, tokenizer, clip, clip_tokens = frozen_models()
+    processor = types.SimpleNamespace(size={"height": 32, "width": 32}, image_mean=[.5] * 3,
+                                      image_std=[.5] * 3)
+    captioner = m.BlipCaptioner(blip, tokenizer, processor)
+    clip, discriminator = m.FrozenClip(clip, None, clip_tokens, "cpu"), m.Discriminator(24)
+    bank, batches = frozen_batches(clip)
+    frozen_weights(discriminator)
+    hp = m.build_parser(real=True).parse_args(["train"])
+    vars(hp).update({"tau": .02, "max_new_tokens": 12} | STEP_CASES[name])
+    optimizers = [torch.optim.SGD(captioner.parameters(), .02),
+                  torch.optim.SGD(discriminator.parameters(), .1)]
+    losses, d_losses = [], []
+    for batch in batches:
+        loss, d_loss, _ = m.rl_step(batch, captioner, discriminator, clip, bank, hp)
+        (loss + (0. if d_loss is None else d_loss)).backward()
+        torch.nn.utils.clip_grad_norm_(captioner.parameters(), 1.)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+        d_losses.append(0. if d_loss is None else d_loss.item())
+    assert losses == pytest.approx(FIRST_EDITION[name], rel=1e-5, abs=1e-5)
+    if name == "full":
+        assert d_losses == pytest.approx(FIRST_EDITION["discriminator"], rel=1e-5, abs=1e-5)
+
+
+def test_ten_steps_of_teacher_forcing_give_the_losses_of_the_first_edition():
+    blip, tokenizer, *_ = frozen_models()
+    processor = types.SimpleNamespace(size={"height": 32, "width": 32}, image_mean=[.5] * 3,
+                                      image_std=[.5] * 3)
+    captioner = m.BlipCaptioner(blip, tokenizer, processor)
+    for part in captioner.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.
+    optimizer, losses = torch.optim.SGD(captioner.parameters(), .02), []
+    _, _, clip, clip_tokens = frozen_models()
+    for batch in frozen_batches(m.FrozenClip(clip, None, clip_tokens, "cpu"))[1]:
+        loss, *_ = m.tf_step(batch, captioner)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == pytest.approx(FIRST_EDITION["TF"], rel=1e-5, abs=1e-5)
