@@ -2935,6 +2935,10 @@ def score_language(folder):
     os._exit(0)
 
 
+# Kept now: this file may be edited while a long run goes on.
+LANGUAGE_PROGRAM = inspect.getsource(score_language)
+
+
 def java_environment():
     """Environment of the child: a Java that runs, English numbers, UTF-8. None without any Java."""
     options = "-Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8"
@@ -2970,7 +2974,7 @@ def language_metrics(references, captions, spice=True, seconds=None):
                 texts[kind] = [[" ".join(text.replace("|||", " ").split()) for text in row]
                                for row in rows]
             write_json(f"{folder}/request.json", {**texts, "spice": spice})
-            why = run_child(score_language, folder, environment, seconds or 300 + len(captions))
+            why = run_child(LANGUAGE_PROGRAM, folder, environment, seconds or 300 + len(captions))
             if os.path.exists(f"{folder}/answer.json"):
                 with open(f"{folder}/answer.json", encoding="utf-8") as file:
                     answer.update(json.load(file))
@@ -2983,8 +2987,10 @@ def language_metrics(references, captions, spice=True, seconds=None):
 
 
 def run_child(program, folder, environment, seconds):
-    """Run program(folder) in a process group of its own, at most `seconds`. -> how it ended."""
-    source = f"{inspect.getsource(program)}\n{program.__name__}({str(folder)!r})"
+    """Run the source text of score_language on the folder, in a process group of its own, at most
+    `seconds`. -> how it ended.
+    """
+    source = f"{program}\nscore_language({str(folder)!r})"
     with open(f"{folder}/said", "w+", encoding="utf-8", errors="replace") as said:
         child = subprocess.Popen([sys.executable, "-c", source], env=environment, stderr=said,
                                  stdout=subprocess.DEVNULL, start_new_session=True)
