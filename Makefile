@@ -24,7 +24,7 @@ eval: .venv/ready  ## evaluate the latest run again, or RUN=runs/name
 	$(PY) distcap.py eval --run $(RUN) $(ARGS)
 
 test: .venv/ready  ## run the tests
-	$(PY) -m pytest -q test_distcap.py $(ARGS)
+	$(PY) -m pytest -q -rs test_distcap.py $(ARGS)
 
 bench: .venv/ready  ## time an RL step of BLIP-base against the released way of working
 	BENCH=1 $(PY) -m pytest -q -s test_distcap.py -k bench $(ARGS)
@@ -69,17 +69,19 @@ runs/study/%/metrics.json: runs/study/heldout-$$(call seed_of,$$*)/metrics.json 
 	  $(if $(findstring @9-,@$*),,--start runs/study/9-$(call seed_of,$*)) $(call flags_of,$*) \
 	  >> runs/study-$*.log 2>&1
 
-CORE = $(shell $(PY) -c "import pycocoevalcap as p; print(list(p.__path__)[0])")/spice/lib
+# Into a folder beside the place first: what is found there is whole. ~/.m2 keeps mvn's own copy.
 spice: .venv/ready  ## fetch what the metric SPICE needs, 400 MB
-	@set -e; new="$(CORE)/new.$$$$"; trap 'rm -rf "$$new"' EXIT INT TERM; \
-	for end in .jar -models.jar; do jar="$(CORE)/stanford-corenlp-3.6.0$$end"; \
-	  if test -f "$$jar"; then continue; fi; mkdir -p "$$new"; echo "fetching $${jar##*/}"; \
-	  kind=$$(test $$end = .jar || echo :jar:models); \
-	  if command -v mvn > /dev/null; then \
-	    mvn -q dependency:copy -Dartifact=edu.stanford.nlp:stanford-corenlp:3.6.0$$kind -DoutputDirectory="$$new"; \
-	    $(PY) -m zipfile -t "$$new/$${jar##*/}" > /dev/null; mv "$$new/$${jar##*/}" "$$jar"; \
-	  else $(PY) -m pycocoevalcap.spice.get_stanford_models; $(PY) -m zipfile -t "$$jar" > /dev/null || \
-	    { rm -f "$(CORE)"/stanford-corenlp-3.6.0*; exit 1; }; fi; done
+	@set -e; lib=$$($(PY) -c "import pycocoevalcap as p; print(p.__path__[0])")/spice/lib; \
+	set -- stanford-corenlp-3.6.0.jar stanford-corenlp-3.6.0-models.jar; \
+	test ! -f "$$lib/$$1" || test ! -f "$$lib/$$2" || exit 0; \
+	new=$$lib/new; trap 'rm -rf "$$new"' EXIT; trap 'exit 1' HUP INT TERM; rm -rf "$$new"; mkdir -p "$$new/lib"; \
+	for kind in jar jar:models; do mvn -q -B dependency:copy -DoutputDirectory="$$new/lib" \
+	  -Dartifact=edu.stanford.nlp:stanford-corenlp:3.6.0:$$kind || break; done; \
+	test -f "$$new/lib/$$2" || { rm -f "$$new/lib/"*; cp "$$lib/../get_stanford_models.py" "$$new"; \
+	  TMPDIR=$$new $(PY) "$$new/get_stanford_models.py"; } || { echo 'make spice: CoreNLP 3.6.0 came' \
+	  'neither by mvn nor by pycocoevalcap (nlp.stanford.edu); nothing was changed' >&2; exit 1; }; \
+	$(PY) -c "import sys, zipfile as z; sys.exit(any(z.ZipFile(f).testzip() for f in sys.argv[1:]))" "$$new/lib/"*.jar || \
+	  { echo 'make spice: a downloaded jar is broken; nothing was changed' >&2; exit 1; }; mv "$$new/lib/"*.jar "$$lib"
 
 # Karpathy's split (36 MB), then the images (13 + 6.6 GB). A second call goes on where one stopped.
 COCO := https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip \

@@ -2924,8 +2924,10 @@ def score_language(folder):
         path = os.pathsep.join([f"{core}.jar", f"{core}-models.jar", "spice-1.0.jar", "lib/*"])
         said = subprocess.run(["java", "-Xmx8G", "-cp", path, "edu.anu.spice.SpiceScorer",
                                f"{folder}/spice.json"], cwd=home, capture_output=True, text=True)
-        found = re.search(r"f-score:\s*([0-9.]+)", said.stdout)
-        if not found:
+        # Given too little memory it may leave sentences out, or print NaN and end well.
+        found = re.search(r"f-score:\s*([0-9.]+).*num images:\s*([0-9]+)", said.stdout, re.S)
+        complete = found and int(found[2]) == len(captions)
+        if said.returncode or not complete or "out of memory" in said.stderr:
             trouble = re.findall(".*(?:Error|Exception).*", said.stderr)
             raise RuntimeError(f"SPICE's Java failed ({(trouble or ['no reason given'])[0]})")
         keep("spice", float(found[1]))

@@ -1230,7 +1230,7 @@ def test_two_files_missing_images_and_differences(gold, quick, capsys):
     (GOOD + GOOD[:1], "p.json: image 1000 has more than one caption"),
     ([{**GOOD[0], "caption": ["a", "b"]}, *GOOD[1:]], "p.json: image 1000 has more than one"),
     ("--data karpathy --annotations a,b", "karpathy: one file"), ("--annotations=", "needs"),
-    ("--data karpathy --annotations a --images a,b", "one folder"), ("--run x", "without --run"),
+    ("--data karpathy --annotations a --images a,b --clip x", "one folder"), ("--run x", "without --run"),
     ("--data karpathy", "references.json: not Karpathy"), ("--discriminator", "without --run"),
     ("--annotations no.json", "no.json: No such file"), ("--images .", "--clip: name"),
     ("--images . --clip ViT-B-32 --clip-pretrained=", "--clip ViT-B-32.*weights"),
