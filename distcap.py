@@ -2786,8 +2786,8 @@ def load_ofa(folder):
 # ==================================================================================================
 # Appendix C. BLIP's attention at speed
 # ==================================================================================================
-# Skip this: leave out speed_up() and shared_image_keys() and every number stays the same. Measured
-# on two cores with BLIP-base: see `make bench` in the README.
+# Skip this: leave out speed_up() and shared_image_keys() and every number stays the same. `make
+# bench` measures what they save.
 
 
 def speed_up(model):
