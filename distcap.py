@@ -1596,6 +1596,7 @@ def train(args):
     train_rl(captioner, discriminator, clip, bank, rl_batches, validate, method=method,
              steps=args.steps, lr=args.lr, disc_lr=args.disc_lr, eval_every=args.eval_every,
              **common)
+    report_cut(clip, "captions that RL generated")
     after = generate_captions(captioner, splits["test"], accelerator, "after RL", **decoding)
     if accelerator.is_main_process:
         save_captioner(captioner, run / "captioner")
@@ -1669,7 +1670,10 @@ def read_config(run):
     if not path.exists():
         known = sorted(str(config.parent) for config in Path("runs").glob("*/config.json"))
         raise UserError(f"{run}: no run here; known runs: {', '.join(known) or 'none'}")
-    return read_json(path, "the flags of a run")
+    flags = read_json(path, "the flags of a run")
+    if "checkpoint_every" not in flags or "processes" not in flags:
+        raise UserError(f"{path}: not a run of this edition; train again")
+    return flags
 
 
 def found_in(run, start, part):

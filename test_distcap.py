@@ -1935,3 +1935,10 @@ def test_spice_has_the_published_total():
         references.append(others)
     totals, _, notes, _ = m.language_metrics(references, captions)
     assert totals["spice"] == pytest.approx(SPICE_TOTAL, abs=6e-4), notes
+
+
+def test_a_run_of_the_first_edition_is_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"version": 2, "flags": {"seed": 0}}')
+    for command in ("eval --run", "train --resume --run", "compare"):
+        assert m.main([*command.split(), str(tmp_path)]) == 2
+        assert "not a run of this edition" in capsys.readouterr().err
