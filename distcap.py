@@ -1753,13 +1753,13 @@ def score_files(files, items, judges, prefix, seed=0, allow_missing=False):
     -> rows {label: metrics with 95 % intervals}, each {label: {name: (n,)}}, notes, captions
     {label: list of str}, scored items. Of two files "B - A" is the difference paired by image.
     """
-    found, kept = {}, items
+    found, places = {}, list(range(len(items)))  # places of the images that every file has
     for label, path in files.items():
         found[label] = load_predictions(path, items, allow_missing)
-        kept = [item for item in kept if item["image_id"] in found[label]]
-    if not kept:
+        places = [k for k in places if items[k]["image_id"] in found[label]]
+    if not places:
         raise UserError(f"{' and '.join(map(str, files.values()))}: no image in common")
-    places = [items.index(item) for item in kept] if len(kept) < len(items) else slice(None)
+    kept = [items[k] for k in places]
     judges = {name: (clip, emb[places]) for name, (clip, emb) in judges.items()}
     rows, each, texts = {}, {}, {}
     for label, captions in found.items():
@@ -1846,13 +1846,14 @@ def draw_report(run, examples, rows):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from textwrap import fill
+    log = read_log(run)
     figure = pyplot.figure(figsize=(15, 9), layout="constrained")
     grid = figure.add_gridspec(2, 6, height_ratios=(1, 1.1))
     for k, (title, names) in enumerate(CURVES):
         axes = figure.add_subplot(grid[0, 2 * k:2 * k + 2], title=title, xlabel="RL step")
         for name, label in names.items():
             points = []
-            for entry in read_log(run):
+            for entry in log:
                 entry.update(entry.get("val", {}))
                 if entry["stage"] == "rl" and name in entry:
                     points.append((entry["step"], entry[name]))
@@ -2638,7 +2639,7 @@ class OFACaptioner(Captioner):
         decoder["code_layernorm_embedding"] = LayerNorm(width)
         decoder["output_projection"] = Linear(width, config["vocab_size"], bias=False)
         decoder.output_projection.weight = tokens.weight
-        # Parts that draw images: DistributedDataParallel would wait for their gradients.
+        # Parts that draw images: captions give them no gradient.
         for name in ("embed_image_positions", "image_pos_ln", "image_rel_pos_table_list",
                      "code_layernorm_embedding"):
             decoder[name].requires_grad_(False)
