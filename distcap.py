@@ -216,13 +216,23 @@ def policy_gradient_loss(log_p, reward):
 # 3. Discriminator
 # ==================================================================================================
 # The first use of GT captions: a small network learns to tell them from generated ones, and its
-# belief "a human wrote this" regularises the reward. It learns along with the captioner, so it
-# finds new faults as they come. The grammar network of Cho et al. 2022 does not: it is trained
-# once, on captions that were broken on purpose, and sees no image.
+# belief "a human wrote this" regularises the reward. CLIP alone cannot do that: it likes a list of
+# keywords as much as a sentence, so a captioner that only pleases CLIP loses its grammar.
+#
+# It learns along with the captioner, so it finds new faults as they come. The grammar network of
+# Cho et al. 2022 does not: it is trained once, on captions that were broken on purpose, and sees
+# no image.
+#
+# Its weight 1 - alpha = .06 is not as small as it looks. r_regu runs from 0 to 1 and can move the
+# reward by .06; r_sim of the two captions of image 1 in the example above differs by .10.
 
 
 class Discriminator(nn.Module):
-    """MLP 1024-512-256-2 on [image, text] CLIP embeddings. Source: released code."""
+    """MLP 1024-512-256-2 on [image, text] CLIP embeddings. Source: released code.
+
+    It sees what CLIP sees of a caption and no words: small enough to learn within a step, blind to
+    what the embedding does not hold.
+    """
 
     def __init__(self, dim, sees_image=True):
         """dim: D of one CLIP embedding; 512 for ViT-B/32 makes the 1024 inputs.
@@ -232,6 +242,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.sees_image = sees_image
         inputs = 2 * dim if sees_image else dim
+        # Two outputs and a softmax, as released; one output and a sigmoid would say the same.
         self.net = nn.Sequential(
             nn.Linear(inputs, 512), nn.ReLU(),
             nn.Linear(512, 256), nn.ReLU(),
@@ -245,7 +256,10 @@ class Discriminator(nn.Module):
 
 
 def human_probability(discriminator, i, t):
-    """r_regu: the probability that caption t of image i is human. i, t (B,D) -> (B,)."""
+    """r_regu: the probability that caption t of image i is human. i, t (B,D) -> (B,).
+
+    A reward, hence no gradient: policy_gradient_loss carries it to the captioner as a number.
+    """
     with torch.no_grad():
         logits = discriminator(i, t).float()  # (B,2)
     return logits.softmax(-1)[:, 1]  # (B,)
@@ -254,7 +268,9 @@ def human_probability(discriminator, i, t):
 def discriminator_loss(discriminator, i, t_gt, t_generated):
     """Cross entropy with GT = 1, generated = 0. i, t_gt, t_generated (B,D) -> loss (), accuracy ().
 
-    Equal numbers of both, so chance is an accuracy of .5.
+    Equal numbers of both, so chance is an accuracy of .5. Watch it: near .5 the captions pass for
+    human and r_regu says nothing; near 1 it knows them all, and r_regu says the same of each.
+    Source: released code. The embeddings carry no gradient: only the discriminator learns here.
     """
     on_gt = discriminator(i, t_gt)  # (B,2)
     on_generated = discriminator(i, t_generated)  # (B,2)
@@ -265,6 +281,13 @@ def discriminator_loss(discriminator, i, t_gt, t_generated):
     return F.cross_entropy(logits, label), accuracy
 
 
+# Ways to spoil "a dog runs on the wet sand"; other caption: "two red buses".
+#   repeat    a dog dog runs on the wet sand        shuffle   sand dog a wet on the runs
+#   remove    a dog on the wet sand                 keywords  runs sand
+#   insert    a dog red runs on the wet sand        truncate  a dog runs on
+#   swap      a wet runs on the dog sand            glue      a dog .. wet sand two red buses
+#                                                   replace   two red buses
+# The left ones are faults of grammar; a CLIP that gives the right ones a higher cosine is fooled.
 GRAMMAR_FAULTS = ("repeat", "remove", "insert", "swap")  # Cho et al. 2022
 FAULTS = (*GRAMMAR_FAULTS, "shuffle", "keywords", "truncate", "glue", "replace")
 
@@ -273,7 +296,8 @@ def corrupt(caption, how, other, rng):
     """Spoil a caption in the way `how`, one of FAULTS. -> str. rng: random.Random.
 
     other: a caption of another image. The grammar network learns from GRAMMAR_FAULTS; with all
-    FAULTS one can ask what a discriminator notices (eval --discriminator).
+    FAULTS one can ask what a discriminator notices (eval --discriminator). A fault may leave a
+    caption as it was: a swap of two equal words does. ValueError: no such way.
     """
     words = caption.split()
     k = rng.randrange(len(words))
@@ -304,6 +328,20 @@ def corrupt(caption, how, other, rng):
 # ==================================================================================================
 # 4. One step
 # ==================================================================================================
+# Two trajectories of each image earn a reward and teach the captioner: its own caption (RL) and
+# one a human wrote (WTF). What a step does, with the section that explains it:
+#
+#   pixels -- captioner --> its caption, a greedy caption     GT caption from the data
+#                 |                    |                           |
+#                 | log p (2)          | CLIP                      | CLIP
+#                 |                    v                           v
+#                 |             t_policy, t_greedy               t_gt
+#                 |                    |                           |
+#                 |                    +--> pools T and I <--------+    third use of GT captions
+#                 |                    +--> discriminator <--------+    first use (3)
+#                 |                              |
+#                 +----> loss <---- rewards r_policy, r_gt (1)          second use: r_gt log p(GT)
+#
 # What a step needs from its parts. Anything that offers this will do.
 #
 #   captioner, an nn.Module (section 8 has a base class):
@@ -328,10 +366,18 @@ def reward_pools(t_policy, t_greedy, t_gt, rows, bank, gather=lambda x: x, rank=
     """
     # paper: T = beam-search + greedy + GT captions of every image in the batch. GT captions in
     # this pool are their third use: strong baselines that a caption has to beat.
+    #
+    # Two images a and b, each with one mined neighbour, a' and b':
+    #   column of T   0         1         2         3         4     5
+    #   caption       policy a  policy b  greedy a  greedy b  GT a  GT b       P = 6
+    #   own_policy    row a: True at 0; row b: True at 1
+    #   own_gt        row a: True at 4; row b: True at 5
+    #   own_image     I = {a, a', b, b'} sorted by row: True at a for row a, at b for row b, Q = 4
+    # A caption's rivals are the False columns. Leave a kind out and its columns go.
     B = len(rows)
     whole_batch = gather(rows)  # (W,), W = B * processes
     mine = rank * B + torch.arange(B, device=rows.device)  # (B,) my places in it
-    nowhere = torch.full_like(mine, -1)
+    nowhere = torch.full_like(mine, -1)  # (B,) a kind that is left out owns no column
     own_column_policy, own_column_gt = nowhere, nowhere
     blocks = []
     if t_policy is not None:
@@ -348,7 +394,8 @@ def reward_pools(t_policy, t_greedy, t_gt, rows, bank, gather=lambda x: x, rank=
     own_gt = column == own_column_gt[:, None]  # (B,P)
     # paper: I = the batch's images + mined similar images.
     # DEPARTS 3: an image stands in I once and is no rival for captions of its own id. The released
-    # code keeps such false negatives.
+    # code keeps such false negatives. A mined neighbour is near, so it asks for what tells two
+    # similar images apart; the batch's images are random and ask for less.
     mined = bank["near"][whole_batch].flatten()  # (W K,)
     pool = torch.cat([whole_batch, mined]).unique()  # (Q,)
     images = bank["emb"][pool].float()  # (Q,D)
@@ -363,9 +410,14 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
     """One step of the full method on a batch. -> loss (), d_loss () or None, info {name: ()}.
 
     The defaults are the paper's values, center_reward apart. Call backward() on both losses: the
-    first is the captioner's, the second the discriminator's. rl_weight=0 is WTF alone, which
-    generates nothing. autocast: a context for the captioner's passes; rewards stay in float32.
+    first is the captioner's, the second the discriminator's; neither reaches the other's weights.
+
+    reward: a name in REWARDS. alpha, tau: see section 1. rl_weight, wtf_weight: of the two terms
+    of the loss; rl_weight=0 is WTF alone, which generates nothing and has no d_loss. gt_in_pool,
+    greedy_in_pool: what joins the captioner's own captions in T. decode: "beam" or "sample".
+    autocast: a context for the captioner's passes; rewards stay in float32.
     gather, rank: see reward_pools; every process then averages its gradients with the others.
+    ValueError: a caption without any rival, as in a batch of one image.
     """
     # DEPARTS 4: eval mode. The released code decodes and trains with dropout and BatchNorm live.
     captioner.eval()
@@ -390,6 +442,8 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
             greedy = captioner.generate(states)  # (B,T)
 
         # ---- 2. LOG P of both trajectories, with gradient ----------------------------------------
+        # generate() keeps no gradient, and beams hold many captions: a pass over the one caption
+        # that is left is cheaper than a gradient through the search.
         log_p_gt = captioner.log_prob(states, gt)  # (B,)
         if generates:
             log_p_policy = captioner.log_prob(states, policy)  # (B,)
@@ -402,6 +456,7 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
         t_greedy = clip.encode_texts(captioner.detokenize(greedy))  # (B,D)
 
     # ---- 4. REWARD: r = alpha r_sim + (1-alpha) r_regu, for both trajectories --------------------
+    # WTF alone has no captions but those of humans, so they are the pool, whatever gt_in_pool says.
     texts, images, own_policy, own_gt, own_image = reward_pools(
         t_policy,
         t_greedy if generates and greedy_in_pool else None,
@@ -425,12 +480,14 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
     if center_reward:
         # DEPARTS 5: rewards are mostly negative, and every caption would be pushed down until its
         # grammar is gone. So the mean reward of the captioner's own captions is the zero, and a GT
-        # caption below it is skipped. The paper has no such zero.
+        # caption below it is skipped. The paper has no such zero. A constant changes nothing in
+        # expectation over samples from p; over top beams, and with few steps, it changes much.
         r_gt = (r_gt - zero).clamp(min=0)  # (B,)
         if generates:
             r_policy = r_policy - zero  # (B,)
 
     # ---- 5. DISCRIMINATOR: learns on the same batch, GT = 1, generated = 0 -----------------------
+    # After the rewards: a discriminator that had just seen these captions would know them by heart.
     d_loss = None
     if generates and train_discriminator:
         d_loss, info["d_accuracy"] = discriminator_loss(discriminator, i, t_gt, t_policy)
@@ -445,7 +502,10 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
 
 
 def tf_step(batch, captioner, autocast=contextlib.nullcontext):
-    """Plain teacher forcing: the same loss with reward 1, dropout on. -> loss (), info."""
+    """Plain teacher forcing: the same loss with reward 1, dropout on. -> loss (), info.
+
+    What RL starts from, and what makes captions generic: a word that fits most images is likely.
+    """
     captioner.train()
     with autocast():
         states = captioner.encode(batch["pixels"])
@@ -507,30 +567,29 @@ def whole_batch_means(infos, accelerator):
     return means
 
 
-def train_tf(captioner, batches, *, run, accelerator, steps, lr, warmup=100, grad_accum=1,
-             checkpoint_every=200):
+def train_tf(captioner, images, plan, *, run, accelerator, steps, lr, warmup=100, grad_accum=1,
+             checkpoint_every=200, workers=0):
     """Stage 1: teacher forcing on GT captions, which makes true and generic captions.
 
-    batches.from_number(first): iterator over this process's batches from number `first` on.
-    run: folder of checkpoint and log. grad_accum: batches a step. Resumes from its checkpoint.
+    images: CaptionImages; plan: the batches, see batch_plan; grad_accum: batches a step.
+    run: folder of checkpoint and log. Goes on from its checkpoint.
     """
     optimizer = torch.optim.AdamW(captioner.parameters(), lr=lr, weight_decay=.01)
     parts = {"captioner": captioner, "captioner_optimizer": optimizer}
     start = load_checkpoint(run, "tf", parts, accelerator)
-    log = open_log(run, "tf", start, accelerator)
-    source = batches.from_number(start * grad_accum)
+    batches = load_batches(images, plan[start * grad_accum:], accelerator, workers)
     bar = tqdm(range(start, steps), "teacher forcing", initial=start, total=steps,
                disable=not accelerator.is_main_process)
     for step in bar:
         infos = []
         for _ in range(grad_accum):
-            loss, info = tf_step(next(source), captioner, accelerator.autocast)
+            loss, info = tf_step(next(batches), captioner, accelerator.autocast)
             (loss / grad_accum).backward()
             infos.append(info)
         info = whole_batch_means(infos, accelerator)
         rate = learning_rate(step, steps, lr, warmup)
         info["grad_captioner"] = update(captioner, optimizer, rate, accelerator, largest_norm=1.)
-        write_log(log, "tf", step + 1, info)
+        write_log(run, "tf", step + 1, info, accelerator)
         bar.set_postfix({"log p": f"{info['log_p_gt']:.3f}"})
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
             save_checkpoint(run, "tf", step + 1, parts, accelerator)
@@ -550,10 +609,10 @@ def train_discriminator(discriminator, i, t_gt, t_generated, steps=1000, lr=1e-3
         optimizer.zero_grad()  # also after the last step: RL adds to what is there
 
 
-def train_rl(captioner, discriminator, clip, bank, batches, validate, *, run, accelerator, method,
-             steps, lr, disc_lr=7e-5, warmup=100, grad_accum=1, checkpoint_every=200,
-             eval_every=500):
-    """Stage 3: rl_step after rl_step. bank, batches: see section 4 and train_tf.
+def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, run, accelerator,
+             method, steps, lr, disc_lr=7e-5, warmup=100, grad_accum=1, checkpoint_every=200,
+             eval_every=500, workers=0):
+    """Stage 3: rl_step after rl_step. bank: see section 4; images, plan: see train_tf.
 
     method: keyword arguments of rl_step. validate(step) -> metrics, every eval_every steps.
     """
@@ -563,15 +622,14 @@ def train_rl(captioner, discriminator, clip, bank, batches, validate, *, run, ac
     parts = {"captioner": captioner, "captioner_optimizer": captioner_optimizer,
              "discriminator": discriminator, "discriminator_optimizer": disc_optimizer}
     start = load_checkpoint(run, "rl", parts, accelerator)
-    log = open_log(run, "rl", start, accelerator)
-    source = batches.from_number(start * grad_accum)
+    batches = load_batches(images, plan[start * grad_accum:], accelerator, workers)
     bar = tqdm(range(start, steps), "RL", initial=start, total=steps,
                disable=not accelerator.is_main_process)
     for step in bar:
         began, infos = time.perf_counter(), []
         for _ in range(grad_accum):
             loss, d_loss, info = rl_step(
-                next(source), captioner, discriminator, clip, bank, **method,
+                next(batches), captioner, discriminator, clip, bank, **method,
                 autocast=accelerator.autocast, gather=accelerator.gather,
                 rank=accelerator.process_index)
             (loss / grad_accum).backward()
@@ -587,7 +645,7 @@ def train_rl(captioner, discriminator, clip, bank, batches, validate, *, run, ac
         info["seconds"] = time.perf_counter() - began
         if (step + 1) % eval_every == 0 or step + 1 == steps:
             info["val"] = validate(step + 1)
-        write_log(log, "rl", step + 1, info)
+        write_log(run, "rl", step + 1, info, accelerator)
         shown = ("r_policy", "r_gt", "log_p_policy", "d_accuracy")
         bar.set_postfix({name: f"{info[name]:.3f}" for name in shown if name in info})
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
@@ -721,6 +779,10 @@ def clip_metrics(captions, clip, emb, prefix):
     each["clip_score"] = 2.5 * (t * i).sum(-1).clamp(min=0).cpu()  # (n,)
     means["clip_score"] = each["clip_score"].mean().item()
     return means, each
+
+
+# What COCO's evaluation computes against references (appendix D).
+LANGUAGE_METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider", "meteor", "spice")
 
 
 def evaluate(captions, items, judges, *, language=True, prefix="A photo depicts "):
@@ -1103,33 +1165,26 @@ def load_checkpoint(run, stage, parts, accelerator):
         return saved["step"]
 
 
-def open_log(run, stage, start, accelerator):
-    """Open the log, one JSON object a line, without what a killed run wrote past `start`."""
-    if not accelerator.is_main_process:
-        return None
-    path, kept = Path(run) / "log.jsonl", []
-    for entry in read_log(run):
-        if entry["stage"] != stage or entry["step"] <= start:
-            kept.append(json.dumps(entry) + "\n")
-    write_atomically(path, lambda file: file.write("".join(kept).encode("utf-8")))
-    return open(path, "a", encoding="utf-8")
-
-
-def write_log(log, stage, step, info):
-    """Append a line. log: what open_log gave."""
-    if log is not None:
-        log.write(json.dumps({"stage": stage, "step": step, **info}) + "\n")
-        log.flush()
+def write_log(run, stage, step, info, accelerator):
+    """Append a line to run/log.jsonl: one JSON object with stage, step and what info holds."""
+    if accelerator.is_main_process:
+        with open(Path(run) / "log.jsonl", "a", encoding="utf-8") as file:
+            # The line break comes first: it ends a line that a kill may have cut short.
+            file.write("\n" + json.dumps({"stage": stage, "step": step, **info}))
 
 
 def read_log(run):
-    """The log's entries, a line that a kill cut short left out. -> list of dict."""
-    path, entries = Path(run) / "log.jsonl", []
+    """The entries of run/log.jsonl, a torn one left out. -> list of dict.
+
+    A killed run logs some steps again after --resume; the later entry counts.
+    """
+    path, entries = Path(run) / "log.jsonl", {}
     if path.exists():
         for line in path.read_text("utf-8").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
-                entries.append(json.loads(line))
-    return entries
+                entry = json.loads(line)
+                entries[entry["stage"], entry["step"]] = entry
+    return list(entries.values())
 
 
 def open_image(path):
@@ -1221,7 +1276,8 @@ def check_splits(splits, source):
             if file is not None:
                 files[file] = split
             clean = clean_captions(item["captions"], where)
-            empty += [image] * (len(item["captions"]) > len(clean))
+            if len(clean) < len(item["captions"]):
+                empty.append(image)
             if not clean:
                 raise UserError(f"{where}: no caption; add one or take the image out")
             item["captions"] = clean
@@ -1450,77 +1506,66 @@ def batch_plan(items, batch_size, seed, batches):
 
 
 class CaptionImages(torch.utils.data.Dataset):
-    """(row, reference) -> row, reference, pixels (3,h,w)."""
+    """(row, reference) -> that image with that caption, an entry of section 4's batch."""
 
-    def __init__(self, items, prepare, keep=False):
-        """prepare: the captioner's. keep: small pictures stay in memory."""
-        self.items, self.prepare, self.keep, self.kept = items, prepare, keep, {}
+    def __init__(self, items, prepare, text_emb=None, keep=False):
+        """prepare: the captioner's. text_emb (all captions,D), in the items' order; RL needs it.
+
+        keep: prepared pictures stay in memory.
+        """
+        self.items, self.prepare, self.text_emb, self.keep = items, prepare, text_emb, keep
+        self.kept = {}
+        counts = [len(item["captions"]) for item in items]
+        self.first_caption = np.cumsum([0, *counts])  # (N+1,) an image's first row of text_emb
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, pick):
         row, reference = pick
-        if row in self.kept:
-            return row, reference, self.kept[row]
-        pixels = self.prepare(open_image(self.items[row]["file"]))
+        item = self.items[row]
+        pixels = self.kept.get(row)
+        if pixels is None:
+            pixels = self.prepare(open_image(item["file"]))
         if self.keep:
             self.kept[row] = pixels
-        return row, reference, pixels
+        entry = {"rows": row, "pixels": pixels, "captions": item["captions"][reference]}
+        if self.text_emb is not None:
+            entry["t_gt"] = self.text_emb[self.first_caption[row] + reference].float()
+        return entry
 
 
-class Batches:
-    """This process's share of each batch of a plan, as section 4 wants them."""
-
-    def __init__(self, images, plan, text_emb, accelerator, workers=0):
-        """images: CaptionImages. text_emb (all captions,D) in the items' order, or None in TF."""
-        self.images, self.plan, self.text_emb = images, plan, text_emb
-        self.accelerator, self.workers = accelerator, workers
-
-    def from_number(self, first):
-        """Iterate from batch `first` on."""
-        items, device = self.images.items, self.accelerator.device
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        counts = torch.tensor([0] + [len(item["captions"]) for item in items])
-        first_caption = counts.cumsum(0)  # (N+1,) an image's first row in text_emb
-        shares = []
-        for batch in self.plan[first:]:
-            size = len(batch) // processes
-            shares.append(batch[rank * size:(rank + 1) * size])
-        # With a generator of its own it draws nothing from the random state that resume restores.
-        loader = torch.utils.data.DataLoader(self.images, batch_sampler=shares,
-                                             num_workers=self.workers, generator=torch.Generator())
-        for rows, references, pixels in loader:
-            captions = [items[row]["captions"][k]
-                        for row, k in zip(rows.tolist(), references.tolist())]
-            batch = {"rows": rows.to(device), "pixels": pixels.to(device), "captions": captions}
-            if self.text_emb is not None:
-                t_gt = self.text_emb[first_caption[rows] + references]  # (B,D)
-                batch["t_gt"] = t_gt.float().to(device)
-            yield batch
+def load_batches(images, plan, accelerator, workers=0):
+    """Iterate over this process's share of each batch of the plan. images: CaptionImages."""
+    from accelerate.utils import send_to_device
+    shares = [batch[accelerator.process_index::accelerator.num_processes] for batch in plan]
+    # With a generator of its own it draws nothing from the random state that resume restores.
+    loader = torch.utils.data.DataLoader(
+        images, batch_sampler=[share for share in shares if share], num_workers=workers,
+        generator=torch.Generator())
+    for batch in loader:
+        yield send_to_device(batch, accelerator.device)
 
 
 @torch.no_grad()
 def generate_captions(captioner, items, accelerator, label, *, num_beams, batch_size, workers):
-    """The captions that evaluation uses, by beam search. -> list of str.
+    """The captions that evaluation uses, by beam search. -> list of str, in the items' order.
 
-    The processes share the work; all of them get the whole list, in the items' order.
+    The processes share the work; all of them get the whole list.
     """
     from accelerate.utils import gather_object
     captioner.eval()
-    images = CaptionImages(items, captioner.prepare)
-    rows = range(accelerator.process_index, len(images), accelerator.num_processes)
-    loader = torch.utils.data.DataLoader(images, batch_size, num_workers=workers,
-                                         sampler=[(row, 0) for row in rows])
+    picks = [(row, 0) for row in range(len(items))]
+    plan = [picks[k:k + batch_size] for k in range(0, len(picks), batch_size)]
+    batches = load_batches(CaptionImages(items, captioner.prepare), plan, accelerator, workers)
     pairs = []
-    for rows, _, pixels in tqdm(loader, label, leave=False,
-                                disable=not accelerator.is_main_process):
+    for batch in tqdm(batches, label, leave=False, total=len(plan),
+                      disable=not accelerator.is_main_process):
         with accelerator.autocast():
-            states = captioner.encode(pixels.to(accelerator.device))
+            states = captioner.encode(batch["pixels"])
             tokens = captioner.generate(states, num_beams=num_beams)
-        pairs += zip(rows.tolist(), captioner.detokenize(tokens))
-    found = dict(gather_object(pairs))
-    return [found[row] for row in range(len(images))]
+        pairs += zip(batch["rows"].tolist(), captioner.detokenize(tokens))
+    return [caption for _, caption in sorted(gather_object(pairs))]
 
 
 # ==================================================================================================
@@ -1538,25 +1583,23 @@ def train(args):
     with accelerator.main_process_first():  # the others find the files that it makes
         splits, clip, emb, text_emb, judges = prepare(args, device)
     ids = torch.arange(len(splits["train"]), device=device)
-    near = mine_neighbours(emb["train"], ids, args.mined_images)
-    bank = {"emb": emb["train"], "ids": ids, "near": near}
+    bank = {"emb": emb["train"], "ids": ids,
+            "near": mine_neighbours(emb["train"], ids, args.mined_images)}
     torch.manual_seed(seed)
     captioner = load_captioner(args.captioner) if args.captioner else toy_captioner(splits["train"])
     captioner = captioner.to(device)
     captioner.report_cut(all_captions(splits["train"]), "training captions")
-    images = CaptionImages(splits["train"], captioner.prepare, keep=args.data == "toy")
-    tf_batches, rl_batches = [
-        Batches(images, batch_plan(images.items, args.batch_size, seed, steps * args.grad_accum),
-                emb_of_captions, accelerator, args.workers)
-        for steps, emb_of_captions in ((args.tf_steps, None), (args.steps, text_emb))]
+    images = CaptionImages(splits["train"], captioner.prepare, text_emb, keep=args.data == "toy")
     common = {"run": run, "accelerator": accelerator, "warmup": args.warmup,
-              "grad_accum": args.grad_accum, "checkpoint_every": args.checkpoint_every}
+              "grad_accum": args.grad_accum, "checkpoint_every": args.checkpoint_every,
+              "workers": args.workers}
 
     # Stage 1: the generic captioner that RL starts from.
     tf_folder = found_in(run, args.start, "captioner_tf")
     if args.tf_steps and not tf_folder.exists():
+        plan = batch_plan(images.items, args.batch_size, seed, args.tf_steps * args.grad_accum)
         torch.manual_seed(seed + accelerator.process_index)
-        train_tf(captioner, tf_batches, steps=args.tf_steps, lr=args.tf_lr, **common)
+        train_tf(captioner, images, plan, steps=args.tf_steps, lr=args.tf_lr, **common)
         if accelerator.is_main_process:
             save_captioner(captioner, tf_folder)
         accelerator.wait_for_everyone()
@@ -1589,11 +1632,13 @@ def train(args):
                 tqdm.write(f"  {found[k]}   ({items[k]['captions'][0]})")
         return metrics
 
+    validate(0)
     method = {name: getattr(args, name) for name in METHOD_FLAGS}
     method["tau"] = args.tau or clip.tau
     method["train_discriminator"] = args.alpha < 1 and args.regulariser == "discriminator"
+    plan = batch_plan(images.items, args.batch_size, seed, args.steps * args.grad_accum)
     torch.manual_seed(seed + accelerator.process_index)
-    train_rl(captioner, discriminator, clip, bank, rl_batches, validate, method=method,
+    train_rl(captioner, discriminator, clip, bank, images, plan, validate, method=method,
              steps=args.steps, lr=args.lr, disc_lr=args.disc_lr, eval_every=args.eval_every,
              **common)
     report_cut(clip, "captions that RL generated")
@@ -1610,18 +1655,18 @@ def prepare(args, device):
     """What a run needs beside the captioner; all of it is cached. -> splits, clip, emb {split:
     (N,D)}, text_emb (all training captions,D), judges (see evaluate).
     """
-    splits, emb = load_items(args), {}
+    splits = load_items(args)
     folder = found_in(args.run, args.start, "clip")
     if not args.clip and not folder.exists():
         train_toy_clip(splits["train"], folder, args.seed, device)
     clip = load_clip(args.clip or str(folder), args.clip_pretrained, device)
+    emb = {}
     for split, items in splits.items():
         emb[split] = embed_images(clip, items, args.workers).to(device)
     captions = all_captions(splits["train"])
     text_emb = cached_rows(clip, captions, clip.encode_texts, "CLIP captions")
     report_cut(clip, "training captions")
-    judges = {"": (clip, emb["test"])}
-    judges.update(load_judges(args.eval_clip, splits["test"], device, args.workers))
+    judges = load_judges(clip, args.eval_clip, splits["test"], device, args.workers)
     return splits, clip, emb, text_emb, judges
 
 
@@ -1684,20 +1729,17 @@ def found_in(run, start, part):
 
 def load_items(args):
     """The splits of --data; the toy world is drawn where it is missing."""
-    annotations = args.annotations.split(",") if args.annotations else []
-    folders = args.images.split(",") if args.images else []
+    annotations, folders = args.annotations.split(","), args.images.split(",")
     if args.data == "toy":
         folder = Path(args.images or f"data/toy-{args.seed}")
         annotations = [str(folder / f"captions_{split}.json") for split in SPLITS]
         folders = [str(folder / "images")]
         if not all(map(os.path.exists, annotations)):
             write_world(folder, args.seed)
-    if not annotations:
+    elif not args.annotations:
         raise UserError(f"--data {args.data} needs --annotations")
     if args.data == "karpathy":
-        if len(annotations) > 1 or len(folders) > 1:
-            raise UserError("--data karpathy: one file of --annotations, one folder of --images")
-        splits = load_karpathy(annotations[0], folders[0] if folders else None)
+        splits = load_karpathy(args.annotations, args.images)
     else:
         splits = load_coco(annotations, folders, args.split if args.command == "eval" else None)
     if args.command == "train":
@@ -1711,16 +1753,18 @@ def load_items(args):
     return splits
 
 
-def load_judges(names, items, device, workers):
-    """Each --eval-clip: NAME (OpenAI's weights), NAME:PRETRAINED or a folder. -> see evaluate."""
-    judges = {}
+def load_judges(clip, names, items, device, workers):
+    """The CLIPs that judge captions of the items: the reward's own, then each of --eval-clip.
+
+    names: NAME (OpenAI's weights), NAME:PRETRAINED or a folder. -> judges as evaluate wants them
+    """
+    judges = {"": clip}
     for text in names or ():
         name, tag = text, "openai"
         if ":" in text and not os.path.isdir(text):
             name, tag = text.split(":", 1)
-        clip = load_clip(name, tag, device)
-        judges[f"{text.rstrip('/')}/"] = clip, embed_images(clip, items, workers)
-    return judges
+        judges[f"{text.rstrip('/')}/"] = load_clip(name, tag, device)
+    return {label: (judge, embed_images(judge, items, workers)) for label, judge in judges.items()}
 
 
 def start_discriminator(discriminator, captioner, splits, emb, clip, accelerator, decoding, seed):
@@ -1747,58 +1791,48 @@ def start_discriminator(discriminator, captioner, splits, emb, clip, accelerator
         print(f"discriminator: right on {accuracy:.3f} of held-out captions, half of them GT")
 
 
-def score_files(files, items, judges, prefix, seed=0, allow_missing=False):
+def score_files(files, items, judges, prefix, allow_missing=False):
     """Score COCO results files {label: path}: the one way to a score. judges: see evaluate.
 
-    -> rows {label: metrics with 95 % intervals}, each {label: {name: (n,)}}, notes, captions
-    {label: list of str}, scored items. Of two files "B - A" is the difference paired by image.
+    -> rows {label: metrics}, each {label: {name: (n,)}}, notes, captions {label: list of n str},
+    the n items that every file has a caption of.
     """
-    found, places = {}, list(range(len(items)))  # places of the images that every file has
+    found, kept, places = {}, [], []
     for label, path in files.items():
         found[label] = load_predictions(path, items, allow_missing)
-        places = [k for k in places if items[k]["image_id"] in found[label]]
-    if not places:
+    for place, item in enumerate(items):
+        if all(item["image_id"] in captions for captions in found.values()):
+            kept.append(item)
+            places.append(place)
+    if not kept:
         raise UserError(f"{' and '.join(map(str, files.values()))}: no image in common")
-    kept = [items[k] for k in places]
     judges = {name: (clip, emb[places]) for name, (clip, emb) in judges.items()}
     rows, each, texts = {}, {}, {}
     for label, captions in found.items():
         texts[label] = [captions[item["image_id"]] for item in kept]
         rows[label], each[label], notes = evaluate(texts[label], kept, judges, prefix=prefix)
-        rows[label].update(bootstrap(each[label], seed), images=len(kept))
         for name, (clip, _) in judges.items():
             report_cut(clip, f"{label} {name}".strip())
-    if len(files) == 2:
-        a, b = each.values()
-        change = {name: np.asarray(b[name]) - np.asarray(a[name]) for name in a}
-        rows["B - A"] = {name: float(change[name].mean()) for name in change}
-        rows["B - A"].update(bootstrap(change, seed))
     return rows, each, notes, texts, kept
 
 
-LANGUAGE_METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider", "meteor", "spice")
-TABLE = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10", "clip_score",
-         *LANGUAGE_METRICS, "self_bleu", "distinct1", "distinct2", "vocabulary", "length",
-         "duplicates", "well_formed", "true", "facts", "oracle_r1")
+def print_table(rows, notes):
+    """rows {label: metrics}: a line a metric, with its interval where there is one.
 
-
-def print_table(rows, notes, intervals=False):
-    """rows {label: metrics}: a line a metric. notes: why some were not computed."""
-    names = list(TABLE)
-    for metrics in rows.values():  # held-out judges: "NAME/t2i_r1"
-        names += [n for n in metrics if "/" in n and n.split("/")[-1] in TABLE and n not in names]
-    first, width = max(map(len, names)), 26 if intervals else 20
-    print("\n" + " " * first + "".join(label[1 - width:].rjust(width) for label in rows))
+    notes: why some were not computed.
+    """
+    names = [name for name in next(iter(rows.values())) if not name.endswith(("_low", "_high"))]
+    first = max(map(len, names))
+    print("\n" + " " * first + "".join(f"{label[-25:]:>26}" for label in rows))
     for name in names:
-        cells = []
+        line = name.ljust(first)
         for metrics in rows.values():
             value = metrics.get(name)
             cell = "-" if value is None else f"{value:.3f}"
-            if intervals and f"{name}_low" in metrics:
+            if f"{name}_low" in metrics:
                 cell += f" [{metrics[f'{name}_low']:.3f}, {metrics[f'{name}_high']:.3f}]"
-            cells.append(cell.rjust(width))
-        if any(cell.strip() != "-" for cell in cells):
-            print(name.ljust(first) + "".join(cells))
+            line += f"{cell:>26}"
+        print(line)
     for name, why in notes.items():
         print(f"not computed: {name}: {why}")
 
@@ -1810,7 +1844,6 @@ def report(run, items, judges, prefix):
     """
     files = {"after TF": run / "captions_tf.json", "after RL": run / "captions.json"}
     rows, each, notes, texts, items = score_files(files, items, judges, prefix)
-    del rows["B - A"]
     if "scene" in items[0]:
         for label, captions in toy_limits(items).items():
             rows[label], _, _ = evaluate(captions, items, judges, language=False, prefix=prefix)
@@ -1831,44 +1864,48 @@ def report(run, items, judges, prefix):
     print(f"\nwritten: {run}/metrics.json, captions.json, captions_tf.json, report.png")
 
 
-CURVES = (("1. Its reward overtakes that of human captions",
-           {"r_policy": "its own caption (RL)", "r_gt": "a human caption (WTF)"}),
-          ("2. Captions find their images (R@1, validation)",
-           {"t2i_r1": "text to image", "i2t_r1": "image to text", "oracle_r1": "by facts alone"}),
-          ("3. ... and stay true and grammatical (validation)",
-           {"well_formed": "captions that parse", "true": "stated facts that hold",
-            "d_accuracy": "discriminator's accuracy"}))
+CURVES = {
+    "1. Its reward overtakes that of human captions": {
+        "r_policy": "its own caption (RL)", "r_gt": "a human caption (WTF)"},
+    "2. Captions find their images (R@1, validation)": {
+        "t2i_r1": "text to image", "i2t_r1": "image to text", "oracle_r1": "by facts alone"},
+    "3. ... and stay true and grammatical (validation)": {
+        "well_formed": "captions that parse", "true": "stated facts that hold",
+        "d_accuracy": "discriminator's accuracy"}}
 
 
 def draw_report(run, examples, rows):
-    """run/report.png: three curves over the RL steps; three gains and losses with captions."""
+    """run/report.png: curves over the RL steps; gains and losses with their captions."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from textwrap import fill
-    log = read_log(run)
+    points = {}  # name: steps, values
+    for entry in read_log(run):
+        if entry["stage"] == "rl":
+            for name, value in {**entry, **entry.get("val", {})}.items():
+                steps, values = points.setdefault(name, ([], []))
+                steps.append(entry["step"])
+                values.append(value)
     figure = pyplot.figure(figsize=(15, 9), layout="constrained")
-    grid = figure.add_gridspec(2, 6, height_ratios=(1, 1.1))
-    for k, (title, names) in enumerate(CURVES):
-        axes = figure.add_subplot(grid[0, 2 * k:2 * k + 2], title=title, xlabel="RL step")
+    axes = figure.subplot_mosaic("AABBCC;DEFGHI", height_ratios=(1, 1.1))
+    for panel, (title, names) in zip("ABC", CURVES.items()):
+        axes[panel].set(title=title, xlabel="RL step")
+        axes[panel].grid(alpha=.3)
         for name, label in names.items():
-            points = []
-            for entry in log:
-                entry.update(entry.get("val", {}))
-                if entry["stage"] == "rl" and name in entry:
-                    points.append((entry["step"], entry[name]))
-            if points:
-                axes.plot(*zip(*points), label=label, marker="o" if len(points) < 30 else None)
-        if k == 1 and "best reference" in rows:
-            axes.axhline(rows["best reference"]["t2i_r1"], color="gray", label="best reference")
-        axes.legend()
-        axes.grid(alpha=.3)
-    for k, (file, title, said) in enumerate(examples):
-        axes = figure.add_subplot(grid[1, k], title=title)
-        axes.imshow(open_image(file))
-        axes.axis("off")
+            if name in points:
+                axes[panel].plot(*points[name], label=label)
+    if "best reference" in rows:
+        axes["B"].axhline(rows["best reference"]["t2i_r1"], color="gray", label="best reference")
+    for panel in "ABC":
+        axes[panel].legend()
+    for panel in "DEFGHI":
+        axes[panel].axis("off")
+    for panel, (file, title, said) in zip("DEFGHI", examples):
+        axes[panel].imshow(open_image(file))
+        axes[panel].set_title(title)
         text = "\n".join(fill(f"{who}: {caption}", 28) for who, caption in said.items())
-        axes.text(0, -.05, text, va="top", transform=axes.transAxes)
+        axes[panel].text(0, -.05, text, va="top", transform=axes[panel].transAxes)
     figure.savefig(run / "report.png", dpi=80)
     pyplot.close(figure)
 
@@ -1898,8 +1935,7 @@ def evaluate_command(args):
         items = load_items(flags)["test"]
         clip_folder = found_in(run, flags.start, "clip")
         clip = load_clip(flags.clip or str(clip_folder), flags.clip_pretrained, device)
-        judges = {"": (clip, embed_images(clip, items, flags.workers))}
-        judges.update(load_judges(flags.eval_clip, items, device, flags.workers))
+        judges = load_judges(clip, flags.eval_clip, items, device, flags.workers)
     tf_folder = found_in(run, flags.start, "captioner_tf")
     tf_captioner = load_captioner(str(tf_folder) if flags.tf_steps else flags.captioner).to(device)
     for model, name in ((tf_captioner, "captions_tf.json"), (captioner, "captions.json")):
@@ -1913,39 +1949,38 @@ def evaluate_command(args):
         if args.discriminator:
             discriminator = Discriminator(clip.dim, flags.regulariser == "discriminator")
             load_weights(discriminator.to(device), run / "discriminator.safetensors")
-            i = judges[""][1][:200].float().to(device)
-            print_robustness(discriminator, items[:200], clip, i)
+            _, emb = judges[""]
+            print_robustness(discriminator, items[:200], clip, emb[:200].float().to(device))
 
 
 def evaluate_predictions(args):
-    """`distcap.py eval --predictions A [B]`: score COCO results files of any system.
+    """`distcap.py eval --predictions A [B ...]`: score COCO results files of any system.
 
-    Writes NAME.metrics.json beside each file, flat, with 95 % intervals, and the difference of
-    two into the second's. Without --images: what needs no picture.
+    Writes NAME.metrics.json beside each file, flat, with 95 % intervals. Without --images: what
+    needs no picture. Several files are scored on the images that all of them have.
     """
-    if args.discriminator or args.run != "latest" or len(args.predictions) > 2:
-        raise UserError("--predictions: one or two files, without --run and --discriminator")
+    if args.discriminator or args.run != "latest":
+        raise UserError("--predictions: goes without --run and --discriminator")
     with_pictures = args.images or args.data == "toy"
     if with_pictures and not args.clip:
         raise UserError("--clip: name the CLIP that judges; that of a toy run is runs/toy/clip")
-    accelerator = setup_machine(args.device)
+    device = setup_machine(args.device).device
     items, judges = load_items(args).get(args.split), {}
     if not items:
         raise UserError(f"--split {args.split}: not in {args.annotations}")
     if with_pictures:
-        clip = load_clip(args.clip, args.clip_pretrained, accelerator.device)
-        judges[""] = clip, embed_images(clip, items, args.workers)
-        judges.update(load_judges(args.eval_clip, items, accelerator.device, args.workers))
-    rows, _, notes, _, kept = score_files(
-        {path: path for path in args.predictions}, items, judges, args.clip_score_prefix,
-        args.seed, args.allow_missing)
+        clip = load_clip(args.clip, args.clip_pretrained, device)
+        judges = load_judges(clip, args.eval_clip, items, device, args.workers)
+    files = {path: path for path in args.predictions}
+    rows, each, notes, _, kept = score_files(files, items, judges, args.clip_score_prefix,
+                                             args.allow_missing)
     print(f"{len(kept)} of {len(items)} images are scored")
     if len(kept) == 1:
         print("warning: one image alone makes CIDEr 0 (idf = log 1) and recalls 1")
-    print_table(rows, notes, intervals=True)
-    rows[args.predictions[-1]]["difference"] = rows.pop("B - A", None)
     for path, metrics in rows.items():
+        metrics.update(bootstrap(each[path], args.seed), images=len(kept))
         write_json(Path(path).with_suffix(".metrics.json"), {**metrics, "notes": notes})
+    print_table(rows, notes)
 
 
 def print_robustness(discriminator, items, clip, i):
@@ -1972,8 +2007,9 @@ def caption_command(images, run, device):
     for path in images:
         open_image(path)  # a bad file is named before any work
     _, flags, accelerator, captioner = open_run(run, device)
-    captions = generate_captions(captioner, [{"file": path} for path in images], accelerator,
-                                 "captions", num_beams=flags.num_beams, batch_size=32, workers=0)
+    captions = generate_captions(captioner, [{"file": path, "captions": [""]} for path in images],
+                                 accelerator, "captions", num_beams=flags.num_beams,
+                                 batch_size=32, workers=0)
     for path, caption in zip(images, captions):
         print(f"{path}: {caption}")
 
@@ -1983,29 +2019,35 @@ NOT_COMPARED = ("run", "seed", "start", "clip", "eval_clip", "images", "overwrit
 
 
 def compare(runs):
-    """`distcap.py compare RUN...`: finished runs as a Markdown table. Runs that differ by --seed
-    alone share a row, mean and standard deviation. Its flags column says what differs.
+    """`distcap.py compare RUN...`: finished runs as a Markdown table; its flags: what differs.
+
+    Runs that differ by --seed alone share a row, mean ± standard deviation. heldout_r1: t2i_r1 by
+    the last --eval-clip.
     """
-    groups, values_of = {}, {}
+    metrics_of, flags_of, rows = {}, {}, {}
     for run in runs:
-        flags = {name: value for name, value in read_config(run).items()
-                 if name not in NOT_COMPARED}
-        metrics = read_json(Path(run) / "metrics.json", "a finished run's metrics")
-        for name in list(metrics):
+        metrics_of[run] = read_json(Path(run) / "metrics.json", "a finished run's metrics")
+        for name, value in list(metrics_of[run].items()):
             if name.endswith("/t2i_r1"):
-                metrics["heldout_r1"] = metrics[name]
-        groups.setdefault(json.dumps(flags), []).append((Path(run).name, metrics))
-        for name, value in flags.items():
-            values_of.setdefault(name, []).append(value)
+                metrics_of[run]["heldout_r1"] = value
+        flags_of[run] = read_config(run)
+        for name in NOT_COMPARED:
+            del flags_of[run][name]
+        rows.setdefault(json.dumps(flags_of[run]), []).append(run)
+    first = flags_of[runs[0]]
+    differing = [name for name in first
+                 if any(flags[name] != first[name] for flags in flags_of.values())]
     print(f"| run | flags | {' | '.join(COMPARED)} |\n|{'---|' * (len(COMPARED) + 2)}")
-    for key, group in groups.items():
-        cells = [", ".join(name for name, _ in group)]
-        cells.append(" ".join(f"{name}={value}" for name, value in json.loads(key).items()
-                              if values_of[name].count(value) < len(runs)))
-        for column in COMPARED:
-            values = [m[column] for _, m in group if m.get(column) is not None]
-            cell = f"{np.mean(values):.3f}" if values else "-"
-            cells.append(cell + f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else cell)
+    for group in rows.values():
+        flags = flags_of[group[0]]
+        cells = [", ".join(Path(run).name for run in group),
+                 " ".join(f"{name}={flags[name]}" for name in differing)]
+        for name in COMPARED:
+            values = [metrics_of[run].get(name, math.nan) for run in group]
+            cell = f"{np.mean(values):.3f}"
+            if len(values) > 1:
+                cell += f" ± {np.std(values, ddof=1):.3f}"
+            cells.append(cell)
         print(f"| {' | '.join(cells)} |")
 
 
@@ -2018,7 +2060,7 @@ SPLITS = ("train", "val", "test")
 # Presets change the parser's defaults, typed flags win. The defaults are for real data.
 TOY = {  # a world of 31 words that a CPU learns in minutes
     "captioner": "", "clip": "", "clip_pretrained": "", "run": "runs/toy",
-    "tf_steps": 1300, "tf_lr": 2e-3, "steps": 60, "lr": 2e-4, "warmup": 20, "batch_size": 64,
+    "tf_steps": 1500, "tf_lr": 2e-3, "steps": 50, "lr": 2e-4, "warmup": 20, "batch_size": 64,
     "wtf_weight": 1., "disc_lr": 3e-3, "eval_every": 10, "eval_images": 300,
     "eval_batch_size": 100, "checkpoint_every": 40, "clip_score_prefix": "", "workers": 0}
 # [S] slides, [C] released code, [A] the summary. What nobody has printed is our choice.
@@ -2105,7 +2147,7 @@ def build_parser():
         add("--clip-pretrained", default="openai", help="open_clip tag or weights file")
         add("--eval-clip", action="append", metavar="CLIP",
             help="judges too: NAME, NAME:PRETRAINED or a folder; repeatable")
-    add("--predictions", nargs="+", metavar="FILE", help="COCO results files to score, one or two")
+    add("--predictions", nargs="+", metavar="FILE", help="COCO results files to score")
     add("--split", choices=SPLITS, default="test", help="which images they are about")
     add("--allow-missing", action="store_true", help="score those there are")
     add("--discriminator", action="store_true", help="spoil captions and see what it notices")

@@ -675,7 +675,7 @@ def run(folder, *args, code=0):
 
 def log_of(folder, stage):
     """The entries of a stage in a run's log, without times."""
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    entries = m.read_log(folder)
     return [{name: value for name, value in entry.items() if name != "seconds"}
             for entry in entries if entry["stage"] == stage]
 
@@ -1205,13 +1205,12 @@ def test_formats_as_found_give_the_same_figures(gold, variant, quick, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
-def test_two_files_missing_images_and_differences(gold, quick, capsys):
+def test_two_files_and_missing_images(gold, quick, capsys):
     m.write_json(gold / "q.json", [{"image_id": k, "caption": REFS[k][0]} for k in REFS])
     both = ["--predictions", gold / "p.json", gold / "q.json"]
-    assert score(gold, *both) == 0 and "B - A" in capsys.readouterr().out
-    a, b, change = figures(gold), figures(gold, "q"), figures(gold, "q")["difference"]
-    assert change["cider"] == pytest.approx(b["cider"] - a["cider"]) and b["cider"] > a["cider"]
-    assert change["cider_low"] <= change["cider"] <= change["cider_high"]
+    assert score(gold, *both) == 0
+    a, b = figures(gold), figures(gold, "q")
+    assert a["cider_low"] <= a["cider"] <= a["cider_high"] and b["cider"] > a["cider"]
     m.write_json(gold / "p.json", GOOD[:3])
     m.write_json(gold / "q.json", GOOD[2:])
     assert score(gold, *both, "--allow-missing") == 0 and figures(gold, "q")["images"] == 1
@@ -1229,12 +1228,11 @@ def test_two_files_missing_images_and_differences(gold, quick, capsys):
     (GOOD + [{"image_id": 5, "caption": "x"}], "p.json: image 5 is unknown"),
     (GOOD + GOOD[:1], "p.json: image 1000 has more than one caption"),
     ([{**GOOD[0], "caption": ["a", "b"]}, *GOOD[1:]], "p.json: image 1000 has more than one"),
-    ("--data karpathy --annotations a,b", "karpathy: one file"), ("--annotations=", "needs"),
-    ("--data karpathy --annotations a --images a,b --clip x", "one folder"), ("--run x", "without --run"),
+    ("--annotations=", "needs"), ("--run x", "without --run"),
     ("--data karpathy", "references.json: not Karpathy"), ("--discriminator", "without --run"),
     ("--annotations no.json", "no.json: No such file"), ("--images .", "--clip: name"),
     ("--images . --clip ViT-B-32 --clip-pretrained=", "--clip ViT-B-32.*weights"),
-    ("--predictions a b c", "one or two"), ("--seed -1", ".*--seed"), ("--what x", ".*--what"),
+    ("--seed -1", ".*--seed"), ("--what x", ".*--what"),
     ("--device none", "--device none")])
 def test_each_mistake_is_one_line_and_code_2(gold, content, message, capsys):
     flags = content.split() if "--" in content else []
