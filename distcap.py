@@ -2026,11 +2026,11 @@ def compare(runs):
     """
     metrics_of, flags_of, rows = {}, {}, {}
     for run in runs:
+        flags_of[run] = read_config(run)
         metrics_of[run] = read_json(Path(run) / "metrics.json", "a finished run's metrics")
         for name, value in list(metrics_of[run].items()):
             if name.endswith("/t2i_r1"):
                 metrics_of[run]["heldout_r1"] = value
-        flags_of[run] = read_config(run)
         for name in NOT_COMPARED:
             del flags_of[run][name]
         rows.setdefault(json.dumps(flags_of[run]), []).append(run)
