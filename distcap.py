@@ -520,6 +520,7 @@ def tf_step(batch, captioner, autocast=contextlib.nullcontext):
 # ==================================================================================================
 # Stage 1 teaches the captioner by teacher forcing, stage 2 gives the discriminator its start,
 # stage 3 is the paper: RL with a regularised reward. `accelerator` is Hugging Face accelerate's.
+# Two loops, alike in their frame: read a batch, make the step, average, log, keep a checkpoint.
 #
 # Several processes hold a copy of the captioner each and a share of every batch. After backward()
 # they average their gradients (`update`), so they make the step of one process with the whole
@@ -528,8 +529,12 @@ def tf_step(batch, captioner, autocast=contextlib.nullcontext):
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up, then half a cosine down to a tenth of the peak. Steps count from 0."""
+    """Linear warm-up, then half a cosine down to a tenth of the peak. Steps count from 0.
+
+    Of no source: the captioner's learning rate, steps and schedule are not known of the paper.
+    """
     rising = min(1., (step + 1) / max(1, warmup))
+    # 1 at step 0, .1 at the last one.
     falling = .55 + .45 * math.cos(math.pi * step / steps)
     return peak * rising * falling
 
@@ -582,6 +587,7 @@ def train_tf(captioner, images, plan, *, run, accelerator, steps, lr, warmup=100
                disable=not accelerator.is_main_process)
     for step in bar:
         infos = []
+        # Batches of one step share its update. In TF this is the same as one large batch.
         for _ in range(grad_accum):
             loss, info = tf_step(next(batches), captioner, accelerator.autocast)
             (loss / grad_accum).backward()
@@ -612,7 +618,10 @@ def train_discriminator(discriminator, i, t_gt, t_generated, steps=1000, lr=1e-3
 def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, run, accelerator,
              method, steps, lr, disc_lr=7e-5, warmup=100, grad_accum=1, checkpoint_every=200,
              eval_every=500, workers=0):
-    """Stage 3: rl_step after rl_step. bank: see section 4; images, plan: see train_tf.
+    """Stage 3: rl_step after rl_step, then one update of each network. bank: see section 4.
+
+    images, plan and what is not named here: see train_tf. The batches of a step keep pools of
+    their own, so grad_accum is not the same as a larger batch, whose pools would be larger.
 
     method: keyword arguments of rl_step. validate(step) -> metrics, every eval_every steps.
     """
@@ -626,7 +635,8 @@ def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, ru
     bar = tqdm(range(start, steps), "RL", initial=start, total=steps,
                disable=not accelerator.is_main_process)
     for step in bar:
-        began, infos = time.perf_counter(), []
+        began = time.perf_counter()
+        infos = []
         for _ in range(grad_accum):
             loss, d_loss, info = rl_step(
                 next(batches), captioner, discriminator, clip, bank, **method,
@@ -655,6 +665,18 @@ def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, ru
 # ==================================================================================================
 # 6. Evaluation
 # ==================================================================================================
+# Four questions, because a reward can be pleased in the wrong way:
+#
+#   does the caption find its image?      retrieval, under the reward's CLIP and under others; a
+#                                         gain under the reward's CLIP alone is reward hacking
+#   does it fit the image by itself?      CLIPScore
+#   does it read as a human's?            BLEU, ROUGE-L, CIDEr, METEOR, SPICE against references.
+#                                         They punish details that no reference has, so they fall a
+#                                         little when captions become distinctive, and a lot when
+#                                         the grammar goes
+#   do the captions differ?               Self-BLEU and diversity
+#
+# Of the toy world every fact is known; oracle_metrics of appendix A asks whether captions are true.
 
 
 def expected_recall(scores, own, tie=1e-6):
@@ -708,31 +730,36 @@ def retrieval(t, i, block=1024):
 def self_bleu(captions, n=5, epsilon=.1):
     """Mean BLEU-n of each caption against all others (Zhu et al. 2018); None below two captions.
 
-    captions: strings of tokens. Source: released code, 5-grams and smoothing method 1: no match
-    counts as .1. It takes the first 1,000 captions, this takes all. Exact, yet linear in their
-    number: BLEU clips by the largest count of an n-gram among the OTHERS, and for the owner of the
-    largest count that is the second largest.
+    captions: strings of tokens. 1: all are alike. Source: released code, 5-grams and smoothing
+    method 1: no match counts as .1. It takes the first 1,000 captions, this takes all.
     """
-    words = [caption.split() for caption in captions]
-    if len(words) < 2:
+    sentences = [caption.split() for caption in captions]
+    if len(sentences) < 2:
         return None
-    grams = []
-    for sentence in words:
+    grams = []  # of each caption, how often it holds each of its 1- to n-grams
+    for words in sentences:
         counts = Counter()
         for m in range(1, n + 1):
-            counts.update(tuple(sentence[k:k + m]) for k in range(len(sentence) - m + 1))
+            for k in range(len(words) - m + 1):
+                counts[tuple(words[k:k + m])] += 1
         grams.append(counts)
+    # BLEU clips the count of an n-gram by its largest count in one of the OTHER captions: that is
+    # the second largest of all for the caption that holds the largest, and the largest for the
+    # rest. So one pass over all captions serves every caption: exact, and linear in their number.
     largest, owner, second = Counter(), {}, Counter()
     for c, counts in enumerate(grams):
         for gram, count in counts.items():
             if count > largest[gram]:
                 second[gram] = largest[gram]
-                largest[gram], owner[gram] = count, c
-            else:
-                second[gram] = max(second[gram], count)
-    lengths, total = Counter(map(len, words)), 0.
+                largest[gram] = count
+                owner[gram] = c
+            elif count > second[gram]:
+                second[gram] = count
+    lengths = Counter(len(words) for words in sentences)
+    total = 0.
     for c, counts in enumerate(grams):
-        size, hits = len(words[c]), Counter()
+        size = len(sentences[c])
+        hits = Counter()  # {length of the n-gram: matches}
         for gram, count in counts.items():
             others = second[gram] if owner[gram] == c else largest[gram]
             hits[len(gram)] += min(count, others)
@@ -741,13 +768,15 @@ def self_bleu(captions, n=5, epsilon=.1):
         log_precision = 0.
         for m in range(1, n + 1):
             possible = max(1, size - m + 1)
-            log_precision += math.log((hits[m] or epsilon) / possible) / n
+            log_precision += math.log(max(hits[m], epsilon) / possible) / n
         # The brevity penalty asks for the closest length among the others, the shorter of two.
         lengths[size] -= 1
-        closest = min((abs(o - size), o) for o in lengths if lengths[o])[1]
+        others = [length for length in lengths if lengths[length]]
+        closest = min(others, key=lambda length: (abs(length - size), length))
         lengths[size] += 1
-        total += math.exp(min(0., 1 - closest / size) + log_precision)
-    return total / len(words)
+        brevity = min(0., 1 - closest / size)
+        total += math.exp(brevity + log_precision)
+    return total / len(sentences)
 
 
 def diversity(captions):
@@ -756,15 +785,22 @@ def diversity(captions):
     distinct1, distinct2: different n-grams / n-grams (Li et al. 2016). vocabulary: different words.
     length: mean words. duplicates: share of captions that equal another one.
     """
-    words = [caption.split() for caption in captions]
     ones, twos = [], []
-    for sentence in words:
-        ones += sentence
-        twos += zip(sentence, sentence[1:])
-    copies = sum(count for count in Counter(captions).values() if count > 1)
-    return {"self_bleu": self_bleu(captions), "distinct1": len(set(ones)) / max(1, len(ones)),
-            "distinct2": len(set(twos)) / max(1, len(twos)), "vocabulary": len(set(ones)),
-            "length": len(ones) / max(1, len(words)), "duplicates": copies / max(1, len(captions))}
+    for caption in captions:
+        words = caption.split()
+        ones += words
+        twos += zip(words, words[1:])
+    copies = 0
+    for count in Counter(captions).values():
+        if count > 1:
+            copies += count
+    return {
+        "self_bleu": self_bleu(captions),
+        "distinct1": len(set(ones)) / max(1, len(ones)),
+        "distinct2": len(set(twos)) / max(1, len(twos)),
+        "vocabulary": len(set(ones)),
+        "length": len(ones) / max(1, len(captions)),
+        "duplicates": copies / max(1, len(captions))}
 
 
 def clip_metrics(captions, clip, emb, prefix):
@@ -790,23 +826,24 @@ def evaluate(captions, items, judges, *, language=True, prefix="A photo depicts 
     {name: (n,)} of those that are means over images, notes {name: why it is None}.
 
     judges: {"": (clip, emb (n,D)), "NAME/": ...}: the reward's CLIP and held-out ones; empty
-    without pictures. language: the metrics against references, in Java.
+    without pictures. language: the metrics against references, in Java. prefix: see clip_metrics.
     """
-    metrics, each, notes, tokens = {}, {}, {}, captions
+    metrics, each, notes = {}, {}, {}
+    tokens = captions
     if not judges:
         notes = dict.fromkeys(("t2i_r1", "i2t_r1", "clip_score"), "needs --images and --clip")
     for label, (clip, emb) in judges.items():
         means, values = clip_metrics(captions, clip, emb, prefix)
-        for name in values:
-            each[label + name] = values[name]
         for name in means:
             metrics[label + name] = means[name]
-    if "scene" in items[0]:
+        for name in values:
+            each[label + name] = values[name]
+    toy = "scene" in items[0]
+    if toy:
         metrics.update(oracle_metrics(captions, [item["scene"] for item in items]))
     if language:
         references = [item["captions"] for item in items]
-        totals, values, why, tokens = language_metrics(references, captions,
-                                                         spice="scene" not in items[0])
+        totals, values, why, tokens = language_metrics(references, captions, spice=not toy)
         metrics.update(totals)
         each.update(values)
         notes.update(why)
@@ -817,15 +854,18 @@ def evaluate(captions, items, judges, *, language=True, prefix="A photo depicts 
 def bootstrap(each, seed, draws=1000):
     """95 % intervals over images. {name: (n,)} -> {name_low, name_high}, ranks left out.
 
-    Percentiles of the means of queries drawn with replacement; what they search in stays.
+    Percentiles of the means of queries drawn with replacement. What the queries search in stays
+    as it is, and so does the model: the interval says nothing about another seed.
     """
-    rng, ends = np.random.default_rng(seed), {}
+    rng = np.random.default_rng(seed)
+    ends = {}
     for name, values in each.items():
         if not name.endswith("rank"):
             values = np.asarray(values, np.float64)  # (n,)
             means = [rng.choice(values, len(values)).mean() for _ in range(draws)]
             low, high = np.quantile(means, (.025, .975))
-            ends[f"{name}_low"], ends[f"{name}_high"] = float(low), float(high)
+            ends[f"{name}_low"] = float(low)
+            ends[f"{name}_high"] = float(high)
     return ends
 
 
