@@ -572,12 +572,13 @@ def whole_batch_means(infos, accelerator):
     return means
 
 
-def train_tf(captioner, images, plan, *, run, accelerator, steps, lr, warmup=100, grad_accum=1,
-             checkpoint_every=200, workers=0):
+def train_tf(captioner, images, plan, validate, *, run, accelerator, steps, lr, warmup=100,
+             grad_accum=1, checkpoint_every=200, eval_every=500, workers=0):
     """Stage 1: teacher forcing on GT captions, which makes true and generic captions.
 
     images: CaptionImages; plan: the batches, see batch_plan; grad_accum: batches a step.
-    run: folder of checkpoint and log. Goes on from its checkpoint.
+    validate("TF step 500") -> metrics, every eval_every steps. run: folder of checkpoint and log.
+    Goes on from its checkpoint.
     """
     optimizer = torch.optim.AdamW(captioner.parameters(), lr=lr, weight_decay=.01)
     parts = {"captioner": captioner, "captioner_optimizer": optimizer}
@@ -595,6 +596,8 @@ def train_tf(captioner, images, plan, *, run, accelerator, steps, lr, warmup=100
         info = whole_batch_means(infos, accelerator)
         rate = learning_rate(step, steps, lr, warmup)
         info["grad_captioner"] = update(captioner, optimizer, rate, accelerator, largest_norm=1.)
+        if (step + 1) % eval_every == 0:
+            info["val"] = validate(f"TF step {step + 1}")
         write_log(run, "tf", step + 1, info, accelerator)
         bar.set_postfix({"log p": f"{info['log_p_gt']:.3f}"})
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
@@ -623,7 +626,7 @@ def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, ru
     images, plan and what is not named here: see train_tf. The batches of a step keep pools of
     their own, so grad_accum is not the same as a larger batch, whose pools would be larger.
 
-    method: keyword arguments of rl_step. validate(step) -> metrics, every eval_every steps.
+    method: keyword arguments of rl_step.
     """
     captioner_optimizer = torch.optim.AdamW(captioner.parameters(), lr=lr, weight_decay=.01)
     # paper: Adam at a constant 7e-5 for the discriminator, no warm-up, no decay [C]
@@ -654,7 +657,7 @@ def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, ru
             info["grad_discriminator"] = update(discriminator, disc_optimizer, disc_lr, accelerator)
         info["seconds"] = time.perf_counter() - began
         if (step + 1) % eval_every == 0 or step + 1 == steps:
-            info["val"] = validate(step + 1)
+            info["val"] = validate(f"RL step {step + 1}")
         write_log(run, "rl", step + 1, info, accelerator)
         shown = ("r_policy", "r_gt", "log_p_policy", "d_accuracy")
         bar.set_postfix({name: f"{info[name]:.3f}" for name in shown if name in info})
@@ -1124,7 +1127,19 @@ def load_captioner(name):
 # 9. Data
 # ==================================================================================================
 # An item is {"image_id", "file": path or None, "captions": [str]}, with "scene" in the toy world.
-# Splits are {"train", "val", "test": [item]}.
+# Splits are {"train", "val", "test": [item]}. The formats they come from:
+#
+#   COCO captions     {"images": [{"id": 1, "file_name": "1.jpg"}],
+#                      "annotations": [{"image_id": 1, "caption": "a red bus"}]}, a file a split
+#   Karpathy's        {"images": [{"filename": "1.jpg", "imgid": 1, "split": "train",
+#                      "sentences": [{"raw": "a red bus"}]}]}, one file; COCO, Flickr8k, Flickr30k
+#   COCO results      [{"image_id": 1, "caption": "a red bus"}], the captions of a system
+#
+# Files of other people hold what nobody expects, and a metric takes it without a word. So every
+# caption passes clean_captions, every data set check_splits, and whatever is wrong is one line
+# that names the file and what to do (`explained`), before any long work.
+#
+# What is written is written whole or not at all (write_atomically): a killed run can go on.
 
 
 def first_words(error):
@@ -1230,7 +1245,8 @@ def read_log(run):
 def open_image(path):
     """Decode a picture file -> PIL image, RGB, upright, 8 bits a channel.
 
-    CMYK, palette, grey, 16-bit, transparent (put on white) and EXIF-rotated files all work.
+    CMYK, palette, grey, 16-bit, transparent (put on white) and EXIF-rotated files all work. A
+    phone stores portraits lying on their side and says so in EXIF; CLIP would see them so.
     UserError names a file that is missing, empty, truncated, no picture, or of float pixels.
     """
     from PIL import Image, ImageOps
@@ -1254,8 +1270,9 @@ def open_image(path):
 def clean_captions(value, where):
     """A caption as files hold it -> list of clean str. Each format and each use passes here.
 
-    A list means several captions; null, NaN and blank mean none. White space and control
-    characters become single blanks, accents become one character (NFC). UserError: another type.
+    A list means several captions; null, NaN (an empty cell of a table) and blank mean none. White
+    space and control characters become single blanks, since METEOR reads a caption a line. Accents
+    become one character (NFC), since two spellings of one word never match. UserError: other types.
     """
     if value is None or value != value:
         return []
@@ -1298,7 +1315,8 @@ def as_id(value):
 def check_splits(splits, source):
     """Clean the captions in place, return the splits; source names the files in messages.
 
-    UserError: an empty split, a file listed twice, an id twice in one split, no caption left.
+    UserError: an empty split, a file listed twice, an id twice in one split, no caption left. The
+    same picture in two splits would be trained on and tested on.
     """
     files, captions, empty = {}, [], []
     for split, items in splits.items():
@@ -1452,8 +1470,10 @@ def save_captioner(captioner, folder):
 def cached_rows(clip, things, compute, label, folder="data/cache", chunk=8192):
     """compute(some of `things`) -> (n,D), a chunk at a time, kept on disk. -> (N,D) float16.
 
-    A chunk's file is named by a hash of CLIP's weights, its preprocessing and the things
-    themselves, so nothing stale is read; a killed pass loses one chunk.
+    things: what JSON can hold, a caption or a file with its state. A chunk's file is named by a
+    hash of CLIP's weights, its preprocessing and the things themselves, so nothing stale is read;
+    a killed pass loses one chunk. float16 moves a cosine by less than .001 and halves the memory:
+    COCO's 567,000 training captions take 0.6 GB.
     """
     key, parts = clip.key(), []
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -1502,9 +1522,11 @@ def embed_images(clip, items, workers=0, folder="data/cache"):
         if item["file"] is None:
             raise UserError(f"image {item['image_id']} has no file_name; leave --images out")
         # Size and times stand for the contents; ctime also notices files that changed names.
-        state = os.stat(item["file"]) if os.path.exists(item["file"]) else None
-        times = state and [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
-        things.append([item["file"], times])
+        state = []
+        if os.path.exists(item["file"]):
+            found = os.stat(item["file"])
+            state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+        things.append([item["file"], state])
     return cached_rows(clip, things, compute, "CLIP images", folder)
 
 
@@ -1514,7 +1536,8 @@ def mine_neighbours(emb, ids, k, skip=3, block=2048):
     emb (N,D), ids (N,). Needs about 5 * block * N bytes, never N x N.
     UserError: too few different images for these ranks.
     """
-    # paper: five neighbours are stored, only the 4th and 5th used [C]
+    # paper: five neighbours are stored, only the 4th and 5th used [C]. The nearest may show the
+    # same thing: no caption could tell it apart, and its reward would only be negative.
     emb = F.normalize(emb.float(), dim=-1)
     others = len(ids) - int(torch.unique(ids, return_counts=True)[1].max())
     if others < skip + k:
@@ -1533,6 +1556,7 @@ def batch_plan(items, batch_size, seed, batches):
 
     Epochs follow each other without a gap; each visits every image once, with one of its captions
     at random. Nothing else enters, so a resumed run and any number of processes see the same.
+    A batch of 32 may hold the end of one epoch and the start of the next, hence an image twice.
     """
     references = torch.tensor([len(item["captions"]) for item in items])  # (N,)
     n, picks, epoch = len(items), [], 0
@@ -1611,6 +1635,19 @@ def generate_captions(captioner, items, accelerator, label, *, num_beams, batch_
 # ==================================================================================================
 # 10. Commands
 # ==================================================================================================
+# A command is a function of the parsed flags. What a run's folder holds, in order of making:
+#
+#   config.json                    all flags of the run
+#   clip/                          the toy world's CLIP
+#   log.jsonl, checkpoint.pt       a line a step; what --resume goes on from
+#   captioner_tf/                  the captioner after teacher forcing
+#   discriminator_tf.safetensors   the discriminator's start; grammar_tf for the grammar network
+#   captioner/, discriminator.safetensors              after RL
+#   captions_tf.json, captions.json                    of the test images, as COCO results
+#   metrics.json, report.png                           their scores, the picture
+#
+# Each stage looks whether what it makes is there already: so --resume skips it, and --start takes
+# it from another run. Captions are scored from their files, however they came about (score_files).
 
 
 def train(args):
@@ -1620,8 +1657,11 @@ def train(args):
     run, device, seed = Path(args.run), accelerator.device, args.seed
     decoding = {"num_beams": args.num_beams, "batch_size": args.eval_batch_size,
                 "workers": args.workers}
-    with accelerator.main_process_first():  # the others find the files that it makes
+    # The main process comes first, so the others find the files that it makes.
+    with accelerator.main_process_first():
         splits, clip, emb, text_emb, judges = prepare(args, device)
+    # Rows of the bank and of a batch are places in the training split. An item is one image here,
+    # so its row serves as id; with several items an image, give those equal ids.
     ids = torch.arange(len(splits["train"]), device=device)
     bank = {"emb": emb["train"], "ids": ids,
             "near": mine_neighbours(emb["train"], ids, args.mined_images)}
@@ -1634,12 +1674,26 @@ def train(args):
               "grad_accum": args.grad_accum, "checkpoint_every": args.checkpoint_every,
               "workers": args.workers}
 
-    # Stage 1: the generic captioner that RL starts from.
+    def validate(stage):
+        items = splits["val"][:args.eval_images]
+        found = generate_captions(captioner, items, accelerator, "validation", **decoding)
+        judge = {"": (clip, emb["val"][:len(items)])}
+        metrics, _, _ = evaluate(found, items, judge, language=False)
+        if accelerator.is_main_process:
+            tqdm.write(f"{stage}: R@1 {metrics['t2i_r1']:.3f} to image, "
+                       f"{metrics['i2t_r1']:.3f} to text; two captions and what a human wrote:")
+            for k in (0, len(items) // 2):
+                tqdm.write(f"  {found[k]}   ({items[k]['captions'][0]})")
+        return metrics
+
+    # Stage 1: the generic captioner that RL starts from. It is loaded again from its folder, so
+    # that a run that trained it and one that found it go on from the same bits.
     tf_folder = found_in(run, args.start, "captioner_tf")
     if args.tf_steps and not tf_folder.exists():
         plan = batch_plan(images.items, args.batch_size, seed, args.tf_steps * args.grad_accum)
         torch.manual_seed(seed + accelerator.process_index)
-        train_tf(captioner, images, plan, steps=args.tf_steps, lr=args.tf_lr, **common)
+        train_tf(captioner, images, plan, validate, steps=args.tf_steps, lr=args.tf_lr,
+                 eval_every=math.ceil(args.tf_steps / 3), **common)
         if accelerator.is_main_process:
             save_captioner(captioner, tf_folder)
         accelerator.wait_for_everyone()
@@ -1660,23 +1714,11 @@ def train(args):
     load_weights(discriminator, path)
 
     # Stage 3: RL.
-    def validate(step):
-        items = splits["val"][:args.eval_images]
-        found = generate_captions(captioner, items, accelerator, "validation", **decoding)
-        judge = {"": (clip, emb["val"][:len(items)])}
-        metrics, _, _ = evaluate(found, items, judge, language=False)
-        if accelerator.is_main_process:
-            tqdm.write(f"step {step}: R@1 {metrics['t2i_r1']:.3f} to image, "
-                       f"{metrics['i2t_r1']:.3f} to text; two captions and what a human wrote:")
-            for k in (0, len(items) // 2):
-                tqdm.write(f"  {found[k]}   ({items[k]['captions'][0]})")
-        return metrics
-
-    validate(0)
     method = {name: getattr(args, name) for name in METHOD_FLAGS}
     method["tau"] = args.tau or clip.tau
     method["train_discriminator"] = args.alpha < 1 and args.regulariser == "discriminator"
     plan = batch_plan(images.items, args.batch_size, seed, args.steps * args.grad_accum)
+    # Sampling differs between the processes; everything else is the same in all of them.
     torch.manual_seed(seed + accelerator.process_index)
     train_rl(captioner, discriminator, clip, bank, images, plan, validate, method=method,
              steps=args.steps, lr=args.lr, disc_lr=args.disc_lr, eval_every=args.eval_every,
@@ -1723,7 +1765,11 @@ METHOD_FLAGS = ("reward", "alpha", "rl_weight", "wtf_weight", "gt_in_pool", "dec
 
 
 def begin_run(args, accelerator):
-    """Refuse what cannot work before any work is done; make the run's folder with its flags."""
+    """Refuse what cannot work before any work is done; make the run's folder with its flags.
+
+    Only the main process makes it. args.processes remembers how many there were: a run goes on
+    with as many, since each has its own random state.
+    """
     run, processes = Path(args.run), accelerator.num_processes
     if args.batch_size % processes:
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {processes} processes")
@@ -1810,7 +1856,8 @@ def load_judges(clip, names, items, device, workers):
 def start_discriminator(discriminator, captioner, splits, emb, clip, accelerator, decoding, seed):
     """Train it on up to 2,000 images: GT against captions after TF. Prints its accuracy.
 
-    The grammar network, which sees no image, learns GT against GT with a broken word.
+    The grammar network, which sees no image, learns GT against GT with a broken word. The accuracy
+    is that on validation images, which neither network has seen.
     """
     rng, sets = random.Random(seed), {}
     for split in ("train", "val"):
@@ -1880,7 +1927,9 @@ def print_table(rows, notes):
 def report(run, items, judges, prefix):
     """Score the captions after TF and after RL that lie in the run's folder; print and draw.
 
-    Writes metrics.json (flat, of the captions after RL; "rows": of every row) and report.png.
+    Writes metrics.json (flat, of the captions after RL; "rows": of every row) and report.png. In
+    the toy world two rows more: the best of each image's references, and a caption with all facts,
+    which is the most that CLIP can see.
     """
     files = {"after TF": run / "captions_tf.json", "after RL": run / "captions.json"}
     rows, each, notes, texts, items = score_files(files, items, judges, prefix)
@@ -2027,7 +2076,8 @@ def print_robustness(discriminator, items, clip, i):
     """`eval --discriminator`: what it notices in spoiled GT captions. i (n,D): the items' images.
 
     detected: share called generated (of "gt": false alarms). fooled: CLIP's cosine is at least
-    the GT caption's.
+    the GT caption's. A fault that CLIP is fooled by and the discriminator misses is what a reward
+    made of both will teach. Broken captions are new to it: in training it saw generated ones.
     """
     rng, gt = random.Random(0), [item["captions"][0] for item in items]
     base = (clip.encode_texts(gt) * i).sum(1)  # (n,)
@@ -2094,6 +2144,10 @@ def compare(runs):
 # ==================================================================================================
 # 11. Command line
 # ==================================================================================================
+
+# The parser is read twice: first to learn the command, --data and --preset, then with the defaults
+# that belong to them. So a typed flag always wins over a preset, and --help shows the defaults for
+# real data.
 
 SPLITS = ("train", "val", "test")
 
