@@ -1815,7 +1815,8 @@ def found_in(run, start, part):
 
 def load_items(args):
     """The splits of --data; the toy world is drawn where it is missing."""
-    annotations, folders = args.annotations.split(","), args.images.split(",")
+    annotations = args.annotations.split(",")
+    folders = args.images.split(",") if args.images else []
     if args.data == "toy":
         folder = Path(args.images or f"data/toy-{args.seed}")
         annotations = [str(folder / f"captions_{split}.json") for split in SPLITS]
