@@ -34,9 +34,10 @@ From the paper to the code
     R@k in both directions                       retrieval
 
 Symbols, also in the shape comments
-    B images of a batch, one caption each  T tokens of a caption    V words of the vocabulary
+    B images of a batch, one caption each  L tokens of a caption    V words of the vocabulary
     P captions in the pool T               Q images in the pool I   D size of a CLIP embedding
     N images of a set                      H width of a captioner   K neighbours or beams
+    W images of the whole batch, which is B * processes
     t, i  unit-norm CLIP embedding of a caption, of an image        tau  temperature
     r     reward, one number a caption     [S], [C], [A]  slides, released code, summary
 
@@ -45,8 +46,10 @@ Departures that change results, each marked `# DEPARTS` at its line
     2 log p is a mean over a caption's own tokens; the released code divides by the padded length
     3 an image is never a rival for captions of its own id; the released code lets that happen
     4 decoding and log p in eval mode; the released code has dropout and BatchNorm live
-    5 rewards are centred (--no-center-reward: as in the paper, which has no such zero)
+    5 rewards are centred, and a GT caption below the zero teaches nothing (--no-center-reward: as
+      in the paper, which has no such zero)
     6 WTF uses the GT caption's own reward and log p; the released line repeats the RL term
+    7 r_bi is the sum of its halves, as on the slides; alpha is the released code's, which halves it
 `# paper:` marks what the paper says; other comments say why, a shape or a unit.
 
 Never run: COCO itself, published weights, a GPU. All figures are of the toy world, of 60
@@ -91,7 +94,8 @@ class UserError(ValueError):
 # ==================================================================================================
 # 1. Rewards
 # ==================================================================================================
-# Three functions with one signature; each can be copied alone, with `import torch`.
+# Three functions with one signature, so that rl_step can call any of them by its name; each ignores
+# what it does not need. Each can be copied alone, with `import torch`.
 #
 #   t          (B,D)  the captions to reward, row b about image b
 #   i          (B,D)  their images
@@ -124,8 +128,8 @@ def similarity_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
     The pools, the masks and tau go unused: the three rewards share one signature.
     """
     # r = t_c.i_c - t_greedy.i_c
-    cosine = (t * i).sum(-1)  # (B,)
-    baseline = (greedy * i).sum(-1)  # (B,)
+    cosine = (t.float() * i.float()).sum(-1)  # (B,)
+    baseline = (greedy.float() * i.float()).sum(-1)  # (B,)
     return cosine - baseline
 
 
@@ -137,15 +141,16 @@ def unidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, t
     """
     # r_i2t = tau * ( log e^{t_c.i_c/tau} - log SUM_{t in T \ t_c} e^{t.i_c/tau} )
     # paper: the positive is left out of the sum (a "decoupled" contrastive loss).
-    # DEPARTS 1: the released code subtracts the positive from the full sum and clamps the
-    # exponent at 16. Masking the positive with -inf is exact.
+    # DEPARTS 1: the released code subtracts the positive from the full sum and clamps the result
+    # at 16. Masking the positive with -inf is exact.
     if own_text.all(-1).any():
         raise ValueError("a caption has no rival in the pool T; add captions of other images")
-    cosine = (t * i).sum(-1).float()  # (B,)
+    cosine = (t.float() * i.float()).sum(-1)  # (B,) tau * log e^{x/tau} is x itself
     rivals = i.float() @ texts.float().T / tau  # (B,P)
     rivals = rivals.masked_fill(own_text, float("-inf"))  # (B,P)
-    # Only the caption's own entry is masked. An equal text in T, its greedy or GT twin, stays a
-    # rival: then r_i2t <= 0. What greedy search or a person already says earns nothing.
+    # Our reading of "T without t_c": only the caption's own entry is masked. An equal text in T,
+    # its greedy or GT twin, stays a rival, and then r_i2t <= 0: what greedy search or a person
+    # already says earns nothing.
     return cosine - tau * rivals.logsumexp(-1)
 
 
@@ -157,10 +162,12 @@ def bidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, ta
     # r_bi  = r_i2t + r_t2i
     # r_i2t = tau * ( log e^{t_c.i_c/tau} - log SUM_{t in T \ t_c} e^{t.i_c/tau} )
     # r_t2i = tau * ( log e^{t_c.i_c/tau} - log SUM_{i in I \ i_c} e^{t_c.i/tau} )
-    # paper: the slides add the two halves, as here; the released code halves the sum.
+    # paper: the slides add the two directions, as here.
+    # DEPARTS 7: the released code halves the sum, and alpha = .94 is its. With the sum, r_regu
+    # weighs half as much against r_sim. --alpha .887 restores that ratio.
     if own_text.all(-1).any() or own_image.all(-1).any():
         raise ValueError("a caption has no rival in the pools; add captions and other images")
-    cosine = (t * i).sum(-1).float()  # (B,)
+    cosine = (t.float() * i.float()).sum(-1)  # (B,) tau * log e^{x/tau} is x itself
     captions = i.float() @ texts.float().T / tau  # (B,P) rivals of t_c
     pictures = t.float() @ images.float().T / tau  # (B,Q) rivals of i_c
     captions = captions.masked_fill(own_text, float("-inf"))  # (B,P)
@@ -191,14 +198,16 @@ def regularised_reward(r_sim, r_regu, alpha):
 def caption_log_prob(logits, tokens, pad):
     """log p(x): mean log-probability of the real tokens of each caption. -> (B,).
 
-    logits (B,T,V) predict tokens (B,T). tokens holds no start token; the end token counts, `pad`
-    does not. So more padding on the right changes nothing.
+    logits (B,L,V) predict tokens (B,L). tokens holds no start token; the end token counts, `pad`
+    does not. So more padding on the right changes nothing. `pad` must not be the end token, as it
+    is in GPT-2: no caption would learn to end.
     """
-    # DEPARTS 2: each caption is divided by its own number of tokens. The released code divides by
-    # the padded length (255 for GT), which would shrink WTF about 15 times.
-    real = tokens != pad  # (B,T)
-    nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")  # (BT,)
-    log_p = -nll.view_as(tokens) * real  # (B,T)
+    # A mean where the formula has a sum, after the released code: a token of a long caption counts
+    # for less. DEPARTS 2: the mean is over a caption's own tokens. The released code divides by the
+    # padded length (255 for GT), which would shrink WTF about 15 times.
+    real = tokens != pad  # (B,L)
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")  # (BL,)
+    log_p = (-nll).view_as(tokens).masked_fill(~real, 0.)  # (B,L)
     return log_p.sum(1) / real.sum(1).clamp(min=1)  # (B,)
 
 
@@ -207,7 +216,10 @@ def policy_gradient_loss(log_p, reward):
 
     x from the captioner: REINFORCE. x = GT with its own reward: weighted teacher forcing (WTF).
     x = GT with r = 1: plain teacher forcing (TF). No gradient flows into the reward.
+    ValueError: shapes that differ, of which torch would make (B,B).
     """
+    if log_p.shape != reward.shape:
+        raise ValueError(f"log_p {tuple(log_p.shape)}, reward {tuple(reward.shape)}: one a caption")
     # grad L(x) = - r(x) * grad log p(x)
     return -(reward.detach() * log_p).mean()
 
@@ -223,8 +235,8 @@ def policy_gradient_loss(log_p, reward):
 # Cho et al. 2022 does not: it is trained once, on captions that were broken on purpose, and sees
 # no image.
 #
-# Its weight 1 - alpha = .06 is not as small as it looks. r_regu runs from 0 to 1 and can move the
-# reward by .06; r_sim of the two captions of image 1 in the example above differs by .10.
+# Its weight is 1 - alpha = .06, and r_regu runs from 0 to 1, so it can move the reward by .06. In
+# the example of section 1 the two captions of image 1 differ by .10 in r_sim, by .09 in the reward.
 
 
 class Discriminator(nn.Module):
@@ -296,8 +308,9 @@ def corrupt(caption, how, other, rng):
     """Spoil a caption in the way `how`, one of FAULTS. -> str. rng: random.Random.
 
     other: a caption of another image. The grammar network learns from GRAMMAR_FAULTS; with all
-    FAULTS one can ask what a discriminator notices (eval --discriminator). A fault may leave a
-    caption as it was: a swap of two equal words does. ValueError: no such way.
+    FAULTS one can ask what a discriminator notices (eval --discriminator). Both need a word. A
+    fault may leave a caption as it was (a swap of two equal words) or empty (remove, keywords).
+    ValueError: no such way.
     """
     words = caption.split()
     k = rng.randrange(len(words))
@@ -331,24 +344,26 @@ def corrupt(caption, how, other, rng):
 # Two trajectories of each image earn a reward and teach the captioner: its own caption (RL) and
 # one a human wrote (WTF). What a step does, with the section that explains it:
 #
-#   pixels -- captioner --> its caption, a greedy caption     GT caption from the data
-#                 |                    |                           |
-#                 | log p (2)          | CLIP                      | CLIP
-#                 |                    v                           v
-#                 |             t_policy, t_greedy               t_gt
-#                 |                    |                           |
-#                 |                    +--> pools T and I <--------+    third use of GT captions
-#                 |                    +--> discriminator <--------+    first use (3)
-#                 |                              |
-#                 +----> loss <---- rewards r_policy, r_gt (1)          second use: r_gt log p(GT)
+#   pixels --> captioner --> own caption, greedy caption       GT caption from the data
+#                  |                   | CLIP                       | CLIP
+#                  |          t_policy, t_greedy                   t_gt
+#                  |                   |                            |
+#                  |                   +--> pools T and I <---------+   GT's third use; I: images
+#                  |                   |                            |   of the batch, mined ones
+#                  |                   +--> discriminator <---------+   GT's first use; it reads
+#                  |                               |                    i, t_policy and t_gt
+#                  v                               v
+#       log p of own and of GT caption         r_policy, r_gt           GT's second use: r_gt log p
+#                  |                               |
+#                  +-----------> loss <------------+
 #
 # What a step needs from its parts. Anything that offers this will do.
 #
 #   captioner, an nn.Module (section 8 has a base class):
 #     encode(pixels (B,3,h,w)) -> states       whatever the other two read
-#     generate(states, num_beams=1, sample=False) -> tokens (B,T)    top beam, greedy or a sample
+#     generate(states, num_beams=1, sample=False) -> tokens (B,L)    top beam, greedy or a sample
 #     log_prob(states, tokens) -> (B,)         by caption_log_prob, with gradient
-#     tokenize(list of B str) -> tokens (B,T)  detokenize(tokens) -> list of B str
+#     tokenize(list of B str) -> tokens (B,L)  detokenize(tokens) -> list of B str
 #   clip (section 7):
 #     encode_texts(list of n str) -> (n,D)     unit norm, no gradient
 #   bank, of all N training images, to find rivals in:
@@ -361,8 +376,10 @@ def reward_pools(t_policy, t_greedy, t_gt, rows, bank, gather=lambda x: x, rank=
     """The pools T and I with their masks. Captions t_* (B,D), or None to leave that kind out.
 
     rows (B,), bank: see above. Under several processes gather concatenates a tensor over all of
-    them and rank is this one's number: the pools are those of the whole batch.
+    them and rank is this one's number: the pools are those of the whole batch. The default is a
+    single process.
     -> texts (P,D), images (Q,D), own_policy (B,P), own_gt (B,P), own_image (B,Q)
+    ValueError: rows that are not of unit norm, whose rewards would be wrong without a word.
     """
     # paper: T = beam-search + greedy + GT captions of every image in the batch. GT captions in
     # this pool are their third use: strong baselines that a caption has to beat.
@@ -373,20 +390,21 @@ def reward_pools(t_policy, t_greedy, t_gt, rows, bank, gather=lambda x: x, rank=
     #   own_policy    row a: True at 0; row b: True at 1
     #   own_gt        row a: True at 4; row b: True at 5
     #   own_image     I = {a, a', b, b'} sorted by row: True at a for row a, at b for row b, Q = 4
-    # A caption's rivals are the False columns. Leave a kind out and its columns go.
+    # A caption's rivals are the False columns. Leave a kind out and its columns go. Of each image
+    # the one GT caption of the batch is here; whether the paper takes all five is not known.
     B = len(rows)
-    whole_batch = gather(rows)  # (W,), W = B * processes
-    mine = rank * B + torch.arange(B, device=rows.device)  # (B,) my places in it
-    nowhere = torch.full_like(mine, -1)  # (B,) a kind that is left out owns no column
-    own_column_policy, own_column_gt = nowhere, nowhere
+    all_rows = gather(rows)  # (W,)
+    my_places = rank * B + torch.arange(B, device=rows.device)  # (B,) in all_rows
+    no_column = torch.full_like(my_places, -1)  # (B,) no column has this number
+    own_column_policy, own_column_gt = no_column, no_column
     blocks = []
     if t_policy is not None:
-        own_column_policy = mine
+        own_column_policy = my_places
         blocks.append(gather(t_policy))
     if t_greedy is not None:
         blocks.append(gather(t_greedy))
     if t_gt is not None:
-        own_column_gt = mine + len(blocks) * len(whole_batch)
+        own_column_gt = my_places + len(blocks) * len(all_rows)
         blocks.append(gather(t_gt))
     texts = torch.cat(blocks)  # (P,D)
     column = torch.arange(len(texts), device=rows.device)  # (P,)
@@ -396,9 +414,12 @@ def reward_pools(t_policy, t_greedy, t_gt, rows, bank, gather=lambda x: x, rank=
     # DEPARTS 3: an image stands in I once and is no rival for captions of its own id. The released
     # code keeps such false negatives. A mined neighbour is near, so it asks for what tells two
     # similar images apart; the batch's images are random and ask for less.
-    mined = bank["near"][whole_batch].flatten()  # (W K,)
-    pool = torch.cat([whole_batch, mined]).unique()  # (Q,)
+    mined = bank["near"][all_rows].flatten()  # (W K,)
+    pool = torch.cat([all_rows, mined]).unique()  # (Q,) rows of the bank
     images = bank["emb"][pool].float()  # (Q,D)
+    for emb in (texts, images):
+        if ((emb.float().norm(dim=-1) - 1).abs() > .01).any():
+            raise ValueError("captions and images: rows must have unit norm; see F.normalize")
     own_image = bank["ids"][rows][:, None] == bank["ids"][pool]  # (B,Q)
     return texts, images, own_policy, own_gt, own_image
 
@@ -409,37 +430,42 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
             autocast=contextlib.nullcontext, gather=lambda x: x, rank=0):
     """One step of the full method on a batch. -> loss (), d_loss () or None, info {name: ()}.
 
-    The defaults are the paper's values, center_reward apart. Call backward() on both losses: the
-    first is the captioner's, the second the discriminator's; neither reaches the other's weights.
+    The defaults are the paper's values, but for DEPARTS 5 and 7. Call backward() on both losses:
+    the first is the captioner's, the second the discriminator's; neither reaches the other's
+    weights. The captioner is left in eval mode.
 
     reward: a name in REWARDS. alpha, tau: see section 1. rl_weight, wtf_weight: of the two terms
-    of the loss; rl_weight=0 is WTF alone, which generates nothing and has no d_loss. gt_in_pool,
-    greedy_in_pool: what joins the captioner's own captions in T. decode: "beam" or "sample".
-    autocast: a context for the captioner's passes; rewards stay in float32.
+    of the loss; rl_weight=0 is WTF alone, which has no d_loss and decodes nothing but the greedy
+    caption of the similarity reward. gt_in_pool, greedy_in_pool: what joins the captioner's own
+    captions in T. decode: "beam" or "sample". autocast: a function that gives a context for the
+    captioner's passes; rewards stay in float32.
     gather, rank: see reward_pools; every process then averages its gradients with the others.
-    ValueError: a caption without any rival, as in a batch of one image.
+    ValueError: a caption without any rival; one image alone, whose reward would be its own zero.
     """
+    if center_reward and len(gather(batch["rows"])) == 1:
+        raise ValueError("center_reward: a batch of one image has no other reward to compare with")
     # DEPARTS 4: eval mode. The released code decodes and trains with dropout and BatchNorm live.
     captioner.eval()
     rows = batch["rows"]  # (B,)
     i = bank["emb"][rows].float()  # (B,D)
     t_gt = batch["t_gt"]  # (B,D)
     generates = rl_weight > 0
+    # As the baseline of the similarity reward, or as a rival in T.
     needs_greedy = reward == "similarity" or (generates and greedy_in_pool)
 
     # ---- 1. DECODE: one pass of the image encoder serves everything. The released code: four ----
     with autocast():
         states = captioner.encode(batch["pixels"])
-        gt = captioner.tokenize(batch["captions"]).to(rows.device)  # (B,T)
+        gt = captioner.tokenize(batch["captions"]).to(rows.device)  # (B,L)
         if generates:
             # paper: the top beam is the trajectory. It is no sample of p: its gradient raises the
             # mode. decode="sample" draws from p, which makes this REINFORCE proper.
             if decode == "beam":
-                policy = captioner.generate(states, num_beams=num_beams)  # (B,T)
+                policy = captioner.generate(states, num_beams=num_beams)  # (B,L)
             else:
-                policy = captioner.generate(states, sample=True)  # (B,T)
+                policy = captioner.generate(states, sample=True)  # (B,L)
         if needs_greedy:
-            greedy = captioner.generate(states)  # (B,T)
+            greedy = captioner.generate(states)  # (B,L)
 
         # ---- 2. LOG P of both trajectories, with gradient ----------------------------------------
         # generate() keeps no gradient, and beams hold many captions: a pass over the one caption
@@ -456,38 +482,39 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
         t_greedy = clip.encode_texts(captioner.detokenize(greedy))  # (B,D)
 
     # ---- 4. REWARD: r = alpha r_sim + (1-alpha) r_regu, for both trajectories --------------------
-    # WTF alone has no captions but those of humans, so they are the pool, whatever gt_in_pool says.
+    pool_greedy = t_greedy if generates and greedy_in_pool else None
+    # WTF alone has no captions but those of humans, so they are its pool in any case.
+    pool_gt = t_gt if gt_in_pool or not generates else None
     texts, images, own_policy, own_gt, own_image = reward_pools(
-        t_policy,
-        t_greedy if generates and greedy_in_pool else None,
-        t_gt if gt_in_pool or not generates else None,
-        rows, bank, gather, rank)
-    shared = {"i": i, "greedy": t_greedy, "texts": texts, "images": images,
-              "own_image": own_image, "tau": tau}
-    r_sim_gt = REWARDS[reward](t=t_gt, own_text=own_gt, **shared)  # (B,)
+        t_policy, pool_greedy, pool_gt, rows, bank, gather, rank)
+    r_sim = REWARDS[reward]
+    same_for_both = {"i": i, "greedy": t_greedy, "texts": texts, "images": images,
+                     "own_image": own_image, "tau": tau}
+    r_sim_gt = r_sim(t=t_gt, own_text=own_gt, **same_for_both)  # (B,)
     r_regu_gt = human_probability(discriminator, i, t_gt)  # (B,)
     r_gt = regularised_reward(r_sim_gt, r_regu_gt, alpha)  # (B,)
     info = {"r_sim_gt": r_sim_gt.mean(), "r_gt": r_gt.mean(), "log_p_gt": log_p_gt.mean()}
-    zero = gather(r_gt).mean()  # ()
     if generates:
-        r_sim_policy = REWARDS[reward](t=t_policy, own_text=own_policy, **shared)  # (B,)
+        r_sim_policy = r_sim(t=t_policy, own_text=own_policy, **same_for_both)  # (B,)
         r_regu_policy = human_probability(discriminator, i, t_policy)  # (B,)
         r_policy = regularised_reward(r_sim_policy, r_regu_policy, alpha)  # (B,)
         info["r_sim_policy"] = r_sim_policy.mean()
         info["r_policy"] = r_policy.mean()
         info["log_p_policy"] = log_p_policy.mean()
-        zero = gather(r_policy).mean()  # ()
     if center_reward:
         # DEPARTS 5: rewards are mostly negative, and every caption would be pushed down until its
-        # grammar is gone. So the mean reward of the captioner's own captions is the zero, and a GT
-        # caption below it is skipped. The paper has no such zero. A constant changes nothing in
-        # expectation over samples from p; over top beams, and with few steps, it changes much.
+        # grammar is gone. So the mean reward of the captioner's own captions (in WTF alone, of the
+        # GT captions) is the zero, and a GT caption below it is skipped. The paper has no such
+        # zero. A constant changes nothing in expectation over samples from p; over top beams, and
+        # with few steps, it changes much.
+        zero = gather(r_policy if generates else r_gt).mean()  # ()
         r_gt = (r_gt - zero).clamp(min=0)  # (B,)
         if generates:
             r_policy = r_policy - zero  # (B,)
 
     # ---- 5. DISCRIMINATOR: learns on the same batch, GT = 1, generated = 0 -----------------------
-    # After the rewards: a discriminator that had just seen these captions would know them by heart.
+    # Its update comes after the step, so these rewards are of a discriminator that has not learned
+    # from these captions.
     d_loss = None
     if generates and train_discriminator:
         d_loss, info["d_accuracy"] = discriminator_loss(discriminator, i, t_gt, t_policy)
@@ -504,12 +531,12 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
 def tf_step(batch, captioner, autocast=contextlib.nullcontext):
     """Plain teacher forcing: the same loss with reward 1, dropout on. -> loss (), info.
 
-    What RL starts from, and what makes captions generic: a word that fits most images is likely.
+    What RL starts from. It rewards the words that fit most images, so captions become generic.
     """
     captioner.train()
     with autocast():
         states = captioner.encode(batch["pixels"])
-        gt = captioner.tokenize(batch["captions"]).to(batch["pixels"].device)  # (B,T)
+        gt = captioner.tokenize(batch["captions"]).to(batch["pixels"].device)  # (B,L)
         log_p = captioner.log_prob(states, gt)  # (B,)
     loss = policy_gradient_loss(log_p, torch.ones_like(log_p))  # ()
     return loss, {"log_p_gt": log_p.mean()}
@@ -524,17 +551,18 @@ def tf_step(batch, captioner, autocast=contextlib.nullcontext):
 #
 # Several processes hold a copy of the captioner each and a share of every batch. After backward()
 # they average their gradients (`update`), so they make the step of one process with the whole
-# batch. DistributedDataParallel would overlap this with the backward pass, but it wants a single
-# forward(), and a step has three passes. What is lost is about one transfer of the weights a step.
+# batch (but for BatchNorm, which sees each share alone). DistributedDataParallel would overlap this
+# with the backward pass, but it wants a single forward(), and a step calls encode once and log_prob
+# twice. What is lost is about one transfer of the weights a step.
+#
+# AdamW's decay of .01, the norm that gradients are shortened to and the schedule are ours: of the
+# captioner's training nothing is known. The discriminator's Adam is the released code's.
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up, then half a cosine down to a tenth of the peak. Steps count from 0.
-
-    Of no source: the captioner's learning rate, steps and schedule are not known of the paper.
-    """
+    """Linear warm-up, then half a cosine down to a tenth of the peak. Steps count from 0."""
     rising = min(1., (step + 1) / max(1, warmup))
-    # 1 at step 0, .1 at the last one.
+    # 1 at step 0, near .1 at the last one.
     falling = .55 + .45 * math.cos(math.pi * step / steps)
     return peak * rising * falling
 
@@ -588,7 +616,7 @@ def train_tf(captioner, images, plan, validate, *, run, accelerator, steps, lr, 
                disable=not accelerator.is_main_process)
     for step in bar:
         infos = []
-        # Batches of one step share its update. In TF this is the same as one large batch.
+        # Batches of one step share its update. In TF, BatchNorm apart, they equal one large batch.
         for _ in range(grad_accum):
             loss, info = tf_step(next(batches), captioner, accelerator.autocast)
             (loss / grad_accum).backward()
@@ -615,7 +643,7 @@ def train_discriminator(discriminator, i, t_gt, t_generated, steps=1000, lr=1e-3
         loss, _ = discriminator_loss(discriminator, i[rows], t_gt[rows], t_generated[rows])
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()  # also after the last step: RL adds to what is there
+        optimizer.zero_grad()  # also after the last step, or RL would add to this gradient
 
 
 def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, run, accelerator,
@@ -623,10 +651,10 @@ def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, ru
              eval_every=500, workers=0):
     """Stage 3: rl_step after rl_step, then one update of each network. bank: see section 4.
 
-    images, plan and what is not named here: see train_tf. The batches of a step keep pools of
-    their own, so grad_accum is not the same as a larger batch, whose pools would be larger.
+    images, plan, validate and what is not named here: see train_tf.
 
-    method: keyword arguments of rl_step.
+    method: keyword arguments of rl_step. grad_accum: the batches of a step keep pools and a zero of
+    their own, so they are not the same as one larger batch.
     """
     captioner_optimizer = torch.optim.AdamW(captioner.parameters(), lr=lr, weight_decay=.01)
     # paper: Adam at a constant 7e-5 for the discriminator, no warm-up, no decay [C]
@@ -653,7 +681,7 @@ def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, ru
         rate = learning_rate(step, steps, lr, warmup)
         info["grad_captioner"] = update(captioner, captioner_optimizer, rate, accelerator,
                                         largest_norm=1.)
-        if d_loss is not None:
+        if "d_accuracy" in info:  # the discriminator has a gradient
             info["grad_discriminator"] = update(discriminator, disc_optimizer, disc_lr, accelerator)
         info["seconds"] = time.perf_counter() - began
         if (step + 1) % eval_every == 0 or step + 1 == steps:
@@ -674,18 +702,18 @@ def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, ru
 #                                         gain under the reward's CLIP alone is reward hacking
 #   does it fit the image by itself?      CLIPScore
 #   does it read as a human's?            BLEU, ROUGE-L, CIDEr, METEOR, SPICE against references.
-#                                         They punish details that no reference has, so they fall a
-#                                         little when captions become distinctive, and a lot when
-#                                         the grammar goes
+#                                         They punish details that no reference has, so they fall
+#                                         when captions become distinctive (CIDEr 109 to 76 in the
+#                                         paper), and further when the grammar goes (41)
 #   do the captions differ?               Self-BLEU and diversity
 #
 # Of the toy world every fact is known; oracle_metrics of appendix A asks whether captions are true.
 
 
 def expected_recall(scores, own, tie=1e-6):
-    """Recall at 1, 5, 10 in expectation over the order of ties: a tie is not a hit.
+    """Recall at 1, 5, 10; candidates that tie share the hit: two alike count 1/2 each.
 
-    scores (B,M): higher is better; own (B,): column of the right target.
+    scores (B,M) of M candidates, higher is better; own (B,): column of the right one.
     -> {"r1", "r5", "r10": P(rank <= k), "rank": E[rank], 1 is best}, each (B,) on the CPU.
     ValueError: NaN, which compares false with everything and would be a free hit.
     """
@@ -707,11 +735,11 @@ def expected_recall(scores, own, tie=1e-6):
 def retrieval(t, i, block=1024):
     """Recall at 1, 5, 10 as shares in 0..1, text-to-image ("t2i_r1") and image-to-text.
 
-    t, i (N,D), tensors or NumPy arrays of any length: caption n belongs to image n.
+    t, i (N,D), tensors or NumPy arrays with rows of any norm: caption n belongs to image n.
     -> {name: float}, and {name: (N,)} per query, with t2i_rank and i2t_rank.
     Never N x N at a time: `block` queries. ValueError: another number of captions than of images.
     """
-    if len(t) != len(i):
+    if len(t) != len(i) or len(t) == 0:
         raise ValueError(f"retrieval: {len(t)} captions for {len(i)} images; give one caption an "
                          "image, five captions an image in five calls")
     t = F.normalize(torch.as_tensor(t).float(), dim=-1)
@@ -733,8 +761,9 @@ def retrieval(t, i, block=1024):
 def self_bleu(captions, n=5, epsilon=.1):
     """Mean BLEU-n of each caption against all others (Zhu et al. 2018); None below two captions.
 
-    captions: strings of tokens. 1: all are alike. Source: released code, 5-grams and smoothing
-    method 1: no match counts as .1. It takes the first 1,000 captions, this takes all.
+    captions: list of strings of tokens. 1: all are alike and have n words or more. Source: released
+    code, 5-grams and smoothing method 1: no match counts as .1. It takes the first 1,000 captions,
+    this takes all, and more captions give more matches: compare sets of one size.
     """
     sentences = [caption.split() for caption in captions]
     if len(sentences) < 2:
@@ -746,9 +775,9 @@ def self_bleu(captions, n=5, epsilon=.1):
             for k in range(len(words) - m + 1):
                 counts[tuple(words[k:k + m])] += 1
         grams.append(counts)
-    # BLEU clips the count of an n-gram by its largest count in one of the OTHER captions: that is
-    # the second largest of all for the caption that holds the largest, and the largest for the
-    # rest. So one pass over all captions serves every caption: exact, and linear in their number.
+    # BLEU caps an n-gram's count by its largest count in the OTHER captions. With the largest and
+    # the second largest of all, and who has the largest, that is one look-up: exact, and linear in
+    # the number of captions.
     largest, owner, second = Counter(), {}, Counter()
     for c, counts in enumerate(grams):
         for gram, count in counts.items():
@@ -783,8 +812,9 @@ def self_bleu(captions, n=5, epsilon=.1):
 
 
 def diversity(captions):
-    """How varied captions are; captions: strings of tokens, best the PTB tokenizer's.
+    """How varied captions are. captions: list of strings of tokens, best the PTB tokenizer's.
 
+    -> self_bleu, and
     distinct1, distinct2: different n-grams / n-grams (Li et al. 2016). vocabulary: different words.
     length: mean words. duplicates: share of captions that equal another one.
     """
@@ -792,7 +822,7 @@ def diversity(captions):
     for caption in captions:
         words = caption.split()
         ones += words
-        twos += zip(words, words[1:])
+        twos += zip(words, words[1:])  # pairs of neighbours
     copies = 0
     for count in Counter(captions).values():
         if count > 1:
@@ -811,7 +841,7 @@ def clip_metrics(captions, clip, emb, prefix):
 
     -> means, {name: (n,)}. prefix: what CLIPScore puts in front; "A photo depicts " as published.
     """
-    i = torch.as_tensor(np.asarray(emb, np.float32), device=clip.device)
+    i = torch.as_tensor(emb).to(clip.device, torch.float32)  # (n,D)
     means, each = retrieval(clip.encode_texts(captions), i)
     t = clip.encode_texts([prefix + caption for caption in captions], unsaid="")
     # CLIPScore = 2.5 max(0, t.i)        source: Hessel et al. 2021
@@ -825,14 +855,15 @@ LANGUAGE_METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider", "met
 
 
 def evaluate(captions, items, judges, *, language=True, prefix="A photo depicts "):
-    """All metrics of captions[k] for items[k] (section 9). -> flat {name: float or None},
-    {name: (n,)} of those that are means over images, notes {name: why it is None}.
+    """All metrics of captions[k], which is about items[k] (section 9).
 
+    -> metrics {name: float or None}, each {name: (n,)} of those that are means over images, notes
+    {name: why it is None}.
     judges: {"": (clip, emb (n,D)), "NAME/": ...}: the reward's CLIP and held-out ones; empty
     without pictures. language: the metrics against references, in Java. prefix: see clip_metrics.
     """
     metrics, each, notes = {}, {}, {}
-    tokens = captions
+    tokens = captions  # without Java; capitals and punctuation then count in diversity
     if not judges:
         notes = dict.fromkeys(("t2i_r1", "i2t_r1", "clip_score"), "needs --images and --clip")
     for label, (clip, emb) in judges.items():
@@ -1773,8 +1804,8 @@ def begin_run(args, accelerator):
     run, processes = Path(args.run), accelerator.num_processes
     if args.batch_size % processes:
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {processes} processes")
-    if args.batch_size == 1 and args.reward != "similarity":
-        raise UserError(f"--batch-size 1: the {args.reward} reward needs other images' captions")
+    if args.batch_size == 1:
+        raise UserError("--batch-size 1: a reward is compared with those of other images; take 2")
     if not args.rl_weight and not args.wtf_weight:
         raise UserError("--rl-weight 0 --wtf-weight 0: nothing would be learned")
     if args.start:
