@@ -2295,7 +2295,7 @@ def describe(scene, rng, low=4, high=7, weights=WEIGHTS, shy=.1):
         if name in said:
             words[name] = rng.choice(SYNONYMS[facts[name]])
     opener = rng.choices(OPENERS, (4, 1.5, 1.5, 1.5, 1.5))[0]
-    # What is left unsaid, an opener too, leaves two blanks in a row.
+    # What is left unsaid, an opener too, leaves a blank too many.
     return " ".join(f"{opener} {caption.format_map(words)}".split())
 
 
