@@ -2423,6 +2423,7 @@ def draw_scene(scene, rng, side=64):
     image = Image.new("RGB", (side, side), GROUNDS[scene["ground"]])
     pen = ImageDraw.Draw(image)
     for k, thing in enumerate(scene["objects"]):
+        # Centres lie at least .44 sides apart along x, so even two large objects never overlap.
         x = side * (.26 + .48 * k + rng.uniform(-.02, .02))
         y = side * (.5 + rng.uniform(-.2, .2))
         if scene["layout"] == "vertical":
@@ -2462,7 +2463,7 @@ def describe(scene, rng, low=4, high=7, weights=WEIGHTS, shy=.1):
         if name in said:
             words[name] = rng.choice(SYNONYMS[facts[name]])
     opener = rng.choices(OPENERS, (4, 1.5, 1.5, 1.5, 1.5))[0]
-    # What is left unsaid leaves two blanks in a row.
+    # What is left unsaid, an opener too, leaves a blank too many.
     return " ".join(f"{opener} {caption.format_map(words)}".split())
 
 
@@ -2569,6 +2570,7 @@ class ToyCaptioner(BlipCaptioner):
     def __init__(self, tokenizer):
         """tokenizer: of word_tokenizer."""
         from transformers import BlipConfig, BlipForConditionalGeneration
+        # The last four: ids of word_tokenizer. A caption ends with EOS, where BERT's has SEP.
         text = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 512,
                 "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40,
                 "encoder_hidden_size": 128,
@@ -3053,6 +3055,8 @@ def score_language(folder):
     """The child's program: read folder/request.json, write folder/answer.json after each metric.
 
     Run from its source text, so it imports what it needs and the child starts without torch.
+    The request: references, captions (lists of lists of str) and whether SPICE is asked for. The
+    answer: totals, each, notes and tokens, as language_metrics returns them.
     """
     import json
     import os
@@ -3113,12 +3117,13 @@ def score_language(folder):
         try:
             total, values = scorer(references, captions)
             answer["totals"].update(zip(names, np.ravel(total)))
-            # Corpus BLEU and METEOR are no means over captions, so their values are left.
+            # BLEU and METEOR of a corpus are no means over captions: an interval by drawing
+            # captions would be one of something else, so their values are left out.
             if names[0] in ("rouge_l", "cider"):
                 answer["each"][names[0]] = values.tolist()  # n floats
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            answer["notes"].update(dict.fromkeys(names, reason))
+            note = f"{type(error).__name__}: {error}"
+            answer["notes"].update(dict.fromkeys(names, note))
         # Under its own name only when whole: the process may be stopped at any time.
         fresh = folder / "answer.tmp"
         fresh.write_text(json.dumps(answer))
