@@ -776,7 +776,8 @@ class FrozenClip:
     """Any open_clip model, in eval mode and without gradients; embeddings are unit-norm float32.
 
     dim: D. tau: 1 / exp(logit_scale), which is .01 for OpenAI's. context: tokens it reads.
-    full: how many captions took all of these since report_cut last said so.
+    full: how many captions took all of these since report_cut last looked. Nearly all such were
+    cut; the count cannot tell one that just fits.
     """
 
     def __init__(self, model, preprocess, tokenizer, device):
@@ -784,7 +785,8 @@ class FrozenClip:
         self.model = model.eval().to(device).requires_grad_(False)
         self.preprocess, self.tokenizer, self.device = preprocess, tokenizer, device
         self.tau = 1 / model.logit_scale.exp().item()
-        empty = tokenizer([""])[0]  # (context,), ends with pads
+        # Tokenizers differ in their pad id; the row of an empty text ends with it.
+        empty = tokenizer([""])[0]  # (context,)
         self.context, self.pad = len(empty), empty[-1].item()
         self.full = 0
         self.dim = self.encode_texts(["a"]).shape[-1]
@@ -805,8 +807,8 @@ class FrozenClip:
     def encode_texts(self, captions, unsaid=".", batch_size=512):
         """captions: list of n str -> (n,D). Equal captions are encoded once.
 
-        paper: full stops are removed and no prompt is put in front [C]. unsaid: what to remove;
-        CLIPScore removes nothing, and as it asks for captions seen before, it does not count them.
+        paper: full stops are removed and no prompt is put in front [C]. unsaid: what to remove.
+        CLIPScore removes nothing; its captions were encoded before, so they are not counted again.
         """
         captions = [caption.replace(unsaid, "").strip() for caption in captions]
         unique = list(dict.fromkeys(captions))
@@ -823,8 +825,8 @@ class FrozenClip:
 def report_cut(clip, what):
     """One line if captions of `what` fill CLIP's row of tokens. Starts to count anew."""
     if clip.full:
-        print(f"warning: {what}: CLIP reads {clip.context} tokens, which {clip.full} captions fill; "
-              "it cannot tell apart what differs further on")
+        print(f"warning: {what}: CLIP reads {clip.context} tokens, which {clip.full} captions "
+              "fill; it cannot tell apart what differs further on")
     clip.full = 0
 
 
@@ -836,15 +838,13 @@ def load_clip(name, pretrained, device):
     import open_clip
     if os.path.isdir(name):
         name, pretrained = f"local-dir:{name}", None
-    elif not pretrained:
-        raise UserError(f"--clip {name}: name its weights too, with --clip-pretrained, e.g. openai")
     logging.disable(logging.ERROR)  # open_clip logs what is raised here in one line
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(
             name, pretrained=pretrained, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # many kinds, one meaning: no such weights here
-        raise UserError(f"--clip {name} --clip-pretrained {pretrained}: cannot be loaded "
+        raise UserError(f"--clip {name} --clip-pretrained {pretrained!r}: cannot be loaded "
                         f"({first_words(error)}); the toy world needs no download") from None
     finally:
         logging.disable(logging.NOTSET)
@@ -872,8 +872,8 @@ class Captioner(nn.Module):
         super().__init__()
         self.tokenizer, self.start, self.eos, self.pad = tokenizer, start, eos, pad
         self.max_length, self.no_repeat_ngram = max_length, no_repeat_ngram
-        self.max_new_tokens = min(max_new_tokens, max_length - len(start))
         self.room = max_length - len(start) - 1  # for a caption's own tokens, between start and eos
+        self.max_new_tokens = min(max_new_tokens, self.room + 1)  # eos is new too
 
     def log_prob(self, states, tokens):
         """log p of what follows the start tokens. tokens (B,T) -> (B,), with gradient."""
@@ -907,7 +907,10 @@ class Captioner(nn.Module):
         return [text.strip() for text in texts]
 
     def search_options(self, num_beams, sample):
-        """What transformers' generate() is told, for the top beam (1: greedy) or a sample from p."""
+        """What transformers' generate() is told, for the top beam or a sample from p. -> dict
+
+        num_beams 1 is greedy decoding. A sample keeps to p: no 3-gram is forbidden in it.
+        """
         options = {"max_new_tokens": self.max_new_tokens, "eos_token_id": self.eos,
                    "pad_token_id": self.pad}
         if sample:  # left alone, transformers samples from the 50 best words only
@@ -946,13 +949,14 @@ class BlipCaptioner(Captioner):
                 input_ids=start, encoder_hidden_states=states,
                 **self.search_options(num_beams, sample))
         # transformers takes a pad id of 0 for none and fills beams up with eos. log p would count
-        # each of them, so from the second on they become pads.
+        # every eos, so all but the first become pads.
         eos_so_far = (tokens == self.eos).cumsum(1)  # (B,T)
         return tokens.masked_fill(eos_so_far > 1, self.pad)
 
     def logits(self, states, tokens):
         """states (B,N,H), tokens (B,T) -> (B,T-1,V)."""
-        # Pads stand behind the caption and attention is causal: no real token sees one.
+        # No mask for pads: they stand behind the caption and attention is causal, so that no real
+        # token sees one.
         return self.model.text_decoder(
             tokens[:, :-1], encoder_hidden_states=states, use_cache=False).logits
 
@@ -978,13 +982,15 @@ def load_blip(folder):
     # Other formats of weights may run code when they are opened.
     model, found = BlipForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    if found["missing_keys"]:
-        names = sorted(found["missing_keys"])
-        raise UserError(f"the weights lack {len(names)} parameters, first {names[:3]}: a BLIP of "
-                        "another kind? take one for captioning")
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UserError(f"the weights lack {len(missing)} parameters, first {missing[:3]}: a BLIP "
+                        "of another kind? take one for captioning")
     text, tokenizer = model.config.text_config, processor.tokenizer
     pixels = process_image(processor.image_processor, Image.new("RGB", (64, 64)))  # (3,h,w)
     side = model.config.vision_config.image_size
+    # A wrong size would stop the first step, a wrong id nothing: captions would never end, or log p
+    # would count pads.
     made = {"image": list(pixels.shape[1:]), "pad id": tokenizer.pad_token_id,
             "sep id": tokenizer.sep_token_id}
     read = {"image": [side, side], "pad id": text.pad_token_id, "sep id": text.sep_token_id}
@@ -2519,9 +2525,13 @@ def token_buckets(length, size):
 
 
 class OFAAttention(nn.ModuleDict):
-    """Attention with a bias for every two positions and NormFormer's gain for every head."""
+    """Attention with a bias for every two positions and NormFormer's gain for every head.
+
+    NormFormer: Shleifer et al. 2021, arXiv 2110.09456.
+    """
 
     def __init__(self, width, heads):
+        """width: d. heads: h."""
         super().__init__()
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             self[name] = Linear(width, width)
@@ -2591,6 +2601,7 @@ class OFAStack(nn.ModuleDict):
             "embed_positions": Embedding(config["max_position_embeddings"] + 2, width),
             "layers": nn.ModuleList(), "token_rel_pos_table_list": nn.ModuleList(),
             "drop": nn.Dropout(config["dropout"])})
+        # Of what goes in, of positions, of what comes out.
         for name in ("layernorm_embedding", "pos_ln", "layer_norm"):
             self[name] = LayerNorm(width)
         for name in biases:
@@ -2624,17 +2635,16 @@ class OFACaptioner(Captioner):
         trunk = models.get_model(config["resnet_type"], norm_layer=ops.FrozenBatchNorm2d)
         trunk.layer4 = trunk.avgpool = trunk.fc = nn.Identity()  # a patch is 16 x 16 pixels
         self.encoder = OFAStack(config, ["self_attn"], ["pos_q", "pos_k"])
-        # embed_tokens embeds the decoder's tokens and predicts words too.
+        # embed_tokens serves the decoder too, for its tokens and to predict words. The image tables
+        # have rows for a start token (1 and 3), which only a decoder that draws images would use.
         self.encoder.update({
             "embed_images": trunk, "image_proj": Linear(1024, width),
             "patch_layernorm_embedding": LayerNorm(width),
             "embed_tokens": Embedding(config["vocab_size"], width),
             "type_embedding": Embedding(2, width),  # row 0 for words, row 1 for patches
             "embed_image_positions": Embedding(G ** 2 + 1, width), "image_pos_ln": LayerNorm(width),
-            "image_rel_pos_table_list": nn.ModuleList()})
-        for _ in self.encoder.layers:
-            self.encoder.image_rel_pos_table_list.append(
-                Embedding((2 * G - 1) ** 2 + 3, config["encoder_attention_heads"]))
+            "image_rel_pos_table_list": nn.ModuleList(
+                Embedding((2 * G - 1) ** 2 + 3, self.encoder.heads) for _ in self.encoder.layers)})
         self.decoder = OFAStack(config, ["self_attn", "cross_attn"],
                                 ["self_pos_q", "self_pos_k", "cross_pos_q", "cross_pos_k"])
         question = tokenizer(" what does the image describe?")["input_ids"]  # paper: blank too [C]
@@ -2659,7 +2669,7 @@ class OFACaptioner(Captioner):
 
         # Where patches and words are, and how much every place looks at every other.
         N = patches.shape[1]
-        T = words.shape[1]
+        T = len(self.question)
         G = self.config["image_bucket_size"]
         side = math.isqrt(N)
         row, column = torch.unravel_index(torch.arange(N, device=x.device), (side, side))  # (N,)
@@ -2678,8 +2688,9 @@ class OFACaptioner(Captioner):
             bias = shared.clone()                                                 # (h,n,n)
             bias[:, :N, :N] += net.image_rel_pos_table_list[k](near).permute(2, 0, 1)
             bias[:, N:, N:] += net.token_rel_pos_table_list[k](far).permute(2, 0, 1)
-            x = layer(x, bias, DynamicCache(), 0)
+            x = layer(x, bias, DynamicCache(), 0)  # an empty cache: nothing came before
         x = net.layer_norm(x)
+        # What the decoder's layers look at is the same for every token, so it is computed once.
         return [layer.cross_attn.read(x) for layer in self.decoder.layers], at
 
     def decode(self, states, tokens, cache):
@@ -2718,7 +2729,10 @@ class OFACaptioner(Captioner):
         decode = self.decode
 
         class Search(PreTrainedModel, GenerationMixin):
-            """What its generate() asks of a model. It knows no states, so that beams share them."""
+            """What generate(), a method of transformers' models, asks of a model.
+
+            It is not told of the states, so it does not copy them for every beam.
+            """
 
             def forward(self, input_ids, cache=None, past_key_values=None, **unused):
                 # (Early releases of transformers 5 call the cache past_key_values.)
@@ -2732,7 +2746,8 @@ class OFACaptioner(Captioner):
         search.decoder = self.decoder.eval()
         options = self.search_options(num_beams, sample)
         if not sample:
-            # At the length limit a caption is made to end; a sample is only cut, as p has it.
+            # paper: at the length limit a caption is made to end [C]. A sample is only cut there:
+            # p has no such rule.
             options["forced_eos_token_id"] = self.eos
         start = self.question.new_tensor([self.start] * len(states[0][0][0]))     # (B,1)
         tokens = search.generate(start, **options)
@@ -2772,7 +2787,7 @@ def load_ofa(folder):
     known = "rp_bucket|decoder.embed_tokens|output_projection|decoder.*image|decoder.code"
     unexpected = [key for key in unexpected if not re.search(known, key)]
     if missing or unexpected:
-        raise ValueError(f"missing {sorted(missing)[:3]}, unexpected {unexpected[:3]}")
+        raise ValueError(f"missing {missing[:3]}, unexpected {unexpected[:3]}")
     return captioner
 
 

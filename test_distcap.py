@@ -1740,9 +1740,9 @@ def ofa_folder(folder, words, size=700, **changes):
     config = OFA_SMALL | {"vocab_size": size} | changes
     state = m.OFACaptioner(config, lambda text: {"input_ids": [0, 2]}).state_dict()
     # Published files hold more than captions need, and one matrix under three names.
-    for name in ("decoder.image_position_idx", "encoder.token_rp_bucket", "decoder.image_pos_ln.bias",
-                 "decoder.image_rel_pos_table_list.0.weight", "decoder.embed_image_positions.weight",
-                 "decoder.code_layernorm_embedding.weight"):
+    for name in ("encoder.token_rp_bucket", "decoder.image_position_idx",
+                 "decoder.image_pos_ln.bias", "decoder.image_rel_pos_table_list.0.weight",
+                 "decoder.embed_image_positions.weight", "decoder.code_layernorm_embedding.bias"):
         state[name] = torch.arange(9)
     for name in ("decoder.embed_tokens.weight", "decoder.output_projection.weight"):
         state[name] = state["encoder.embed_tokens.weight"]
