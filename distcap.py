@@ -2848,7 +2848,7 @@ def speed_up(model):
 @contextlib.contextmanager
 def shared_image_keys(model, states):
     """While captions are generated: cross-attention keys of states (B,N,H) for all beams."""
-    # Those of speed_up(); without it there are none, and transformers copies keys as ever.
+    # Of the layers that speed_up() made; without it there are none, and the loops do nothing.
     layers = [layer for layer in model.modules() if hasattr(layer, "shared")]
     for layer in layers:
         heads = layer.num_attention_heads
