@@ -2781,10 +2781,13 @@ def load_ofa(folder):
         state = load_file(path)
     else:
         state = torch.load(f"{folder}/pytorch_model.bin", "cpu", weights_only=True)
+    # embed_tokens has three names in OFA; a file holds all of them or any one.
+    for name in ("decoder.embed_tokens.weight", "decoder.output_projection.weight"):
+        if name in state:
+            state.setdefault("encoder.embed_tokens.weight", state.pop(name))
     missing, unexpected = captioner.load_state_dict(state, strict=False)
-    # Files also hold tables that OFAStack computes, embed_tokens under its names in the decoder,
-    # and what a decoder needs to draw images.
-    known = "rp_bucket|decoder.embed_tokens|output_projection|decoder.*image|decoder.code"
+    # Files also hold tables that OFAStack computes and what a decoder needs to draw images.
+    known = "rp_bucket|decoder.*image|decoder.code"
     unexpected = [key for key in unexpected if not re.search(known, key)]
     if missing or unexpected:
         raise ValueError(f"missing {missing[:3]}, unexpected {unexpected[:3]}")
