@@ -912,7 +912,8 @@ class FrozenClip:
     """Any open_clip model, in eval mode and without gradients; embeddings are unit-norm float32.
 
     dim: D. tau: 1 / exp(logit_scale), which is .01 for OpenAI's. context: tokens it reads.
-    cut: how many captions were longer than that so far (report_cut prints it).
+    full: how many captions took all of these since report_cut last looked. Nearly all such were
+    cut; the count cannot tell one that just fits.
     """
 
     def __init__(self, model, preprocess, tokenizer, device):
@@ -920,16 +921,17 @@ class FrozenClip:
         self.model = model.eval().to(device).requires_grad_(False)
         self.preprocess, self.tokenizer, self.device = preprocess, tokenizer, device
         self.tau = 1 / model.logit_scale.exp().item()
+        # Tokenizers differ in their pad id; the row of an empty text ends with it.
         empty = tokenizer([""])[0]  # (context,)
         self.context, self.pad = len(empty), empty[-1].item()
-        self.cut = 0
+        self.full = 0
         self.dim = self.encode_texts(["a"]).shape[-1]
 
     def key(self):
         """Hash of the weights as they are now and of the preprocessing: names caches. -> str"""
         digest = hashlib.sha256(str(self.preprocess).encode())
         for weight in self.model.state_dict().values():
-            digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(weight.float().cpu().numpy().tobytes())  # NumPy has no bfloat16
         return digest.hexdigest()
 
     @torch.no_grad()
@@ -942,29 +944,26 @@ class FrozenClip:
         """captions: list of n str -> (n,D). Equal captions are encoded once.
 
         paper: full stops are removed and no prompt is put in front [C]. unsaid: what to remove.
+        CLIPScore removes nothing; its captions were encoded before, so they are not counted again.
         """
-        if unsaid:
-            captions = [caption.replace(unsaid, "").strip() for caption in captions]
+        captions = [caption.replace(unsaid, "").strip() for caption in captions]
         unique = list(dict.fromkeys(captions))
         place = {caption: k for k, caption in enumerate(unique)}
         rows = []
         for k in range(0, len(unique), batch_size):
             tokens = self.tokenizer(unique[k:k + batch_size])  # (b,context)
             rows.append(self.model.encode_text(tokens.to(self.device)).float())
-        # A token has a byte at least, so only these can be too long.
-        long = [caption for caption in unique if len(caption.encode()) > self.context - 2]
-        if long and unsaid:  # CLIPScore asks again with other texts; count once
-            tokens = self.tokenizer(long, context_length=self.context + 1)
-            self.cut += (tokens[:, -1] != self.pad).sum().item()
+            if unsaid:
+                self.full += (tokens[:, -1] != self.pad).sum().item()
         return F.normalize(torch.cat(rows), dim=-1)[[place[caption] for caption in captions]]
 
 
 def report_cut(clip, what):
-    """One line if captions of `what` were longer than CLIP reads. Starts to count anew."""
-    if clip.cut:
-        print(f"warning: {what}: CLIP reads {clip.context} tokens and cut {clip.cut} captions; it "
-              "cannot tell apart what differs further on")
-    clip.cut = 0
+    """One line if captions of `what` fill CLIP's row of tokens. Starts to count anew."""
+    if clip.full:
+        print(f"warning: {what}: CLIP reads {clip.context} tokens, which {clip.full} captions "
+              "fill; it cannot tell apart what differs further on")
+    clip.full = 0
 
 
 def load_clip(name, pretrained, device):
@@ -975,15 +974,13 @@ def load_clip(name, pretrained, device):
     import open_clip
     if os.path.isdir(name):
         name, pretrained = f"local-dir:{name}", None
-    elif not pretrained:
-        raise UserError(f"--clip {name}: name its weights too, with --clip-pretrained, e.g. openai")
     logging.disable(logging.ERROR)  # open_clip logs what is raised here in one line
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(
             name, pretrained=pretrained, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # many kinds, one meaning: no such weights here
-        raise UserError(f"--clip {name} --clip-pretrained {pretrained}: cannot be loaded "
+        raise UserError(f"--clip {name} --clip-pretrained {pretrained!r}: cannot be loaded "
                         f"({first_words(error)}); the toy world needs no download") from None
     finally:
         logging.disable(logging.NOTSET)
@@ -1011,7 +1008,8 @@ class Captioner(nn.Module):
         super().__init__()
         self.tokenizer, self.start, self.eos, self.pad = tokenizer, start, eos, pad
         self.max_length, self.no_repeat_ngram = max_length, no_repeat_ngram
-        self.max_new_tokens = min(max_new_tokens, max_length - len(start))
+        self.room = max_length - len(start) - 1  # for a caption's own tokens, between start and eos
+        self.max_new_tokens = min(max_new_tokens, self.room + 1)  # eos is new too
 
     def log_prob(self, states, tokens):
         """log p of what follows the start tokens. tokens (B,T) -> (B,), with gradient."""
@@ -1025,17 +1023,17 @@ class Captioner(nn.Module):
 
     def report_cut(self, captions, what):
         """One line if some captions have more tokens than a row holds."""
-        room = self.max_length - len(self.start) - 1
-        long = [caption for caption in captions if len(caption.encode()) > room]
-        cut = sum(len(ids) > room for ids in self.token_ids(long)) if long else 0
-        if cut:
-            print(f"warning: {what}: the captioner reads {self.max_length} tokens and cuts {cut} "
-                  "captions there")
+        # A token has a byte at least: of COCO's 600,000 captions few have to be tokenized here.
+        long = [caption for caption in captions if len(caption.encode()) > self.room]
+        if long:
+            cut = sum(len(ids) > self.room for ids in self.token_ids(long))
+            if cut:
+                print(f"warning: {what}: the captioner reads {self.max_length} tokens and cuts "
+                      f"{cut} captions there")
 
     def tokenize(self, captions):
         """list of B str -> (B,T): start, words, eos, pads. Cut at max_length, eos kept."""
-        room = self.max_length - len(self.start) - 1
-        rows = [torch.tensor([*self.start, *ids[:room], self.eos])
+        rows = [torch.tensor([*self.start, *ids[:self.room], self.eos])
                 for ids in self.token_ids(captions)]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
 
@@ -1043,6 +1041,19 @@ class Captioner(nn.Module):
         """(B,T) -> list of B str, without start and special tokens."""
         texts = self.tokenizer.batch_decode(tokens[:, len(self.start):], skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    def search_options(self, num_beams, sample):
+        """What transformers' generate() is told, for the top beam or a sample from p. -> dict
+
+        num_beams 1 is greedy decoding. A sample keeps to p: no 3-gram is forbidden in it.
+        """
+        options = {"max_new_tokens": self.max_new_tokens, "eos_token_id": self.eos,
+                   "pad_token_id": self.pad}
+        if sample:  # left alone, transformers samples from the 50 best words only
+            options.update(do_sample=True, top_k=0, top_p=1., temperature=1.)
+        else:
+            options.update(num_beams=num_beams, no_repeat_ngram_size=self.no_repeat_ngram)
+        return options
 
 
 class BlipCaptioner(Captioner):
@@ -1068,29 +1079,22 @@ class BlipCaptioner(Captioner):
     @torch.no_grad()
     def generate(self, states, num_beams=1, sample=False):
         """states (B,N,H) -> tokens (B,T): the top beam, the greedy caption or a sample from p."""
-        start = torch.tensor([self.start], device=states.device).expand(len(states), -1)
-        how = {"num_beams": num_beams, "no_repeat_ngram_size": self.no_repeat_ngram}
-        if sample:  # left alone, transformers samples from the 50 best words only
-            how = {"do_sample": True, "top_k": 0, "top_p": 1., "temperature": 1.}
+        start = torch.tensor([self.start] * len(states), device=states.device)  # (B,1)
         with shared_image_keys(self.model, states):  # appendix C; the result is the same without
             tokens = self.model.text_decoder.generate(
-                input_ids=start, attention_mask=torch.ones_like(start),
-                encoder_hidden_states=states, max_new_tokens=self.max_new_tokens,
-                encoder_attention_mask=states.new_ones(states.shape[:2], dtype=torch.long),
-                eos_token_id=self.eos, pad_token_id=self.pad, **how)
-        # transformers takes a pad id of 0 for none and fills beams up with eos: each would count.
-        is_eos = tokens[:, 1:] == self.eos  # (B,T-1)
-        behind_eos = is_eos.cumsum(1) - is_eos.long() > 0  # (B,T-1)
-        tokens[:, 1:] = tokens[:, 1:].masked_fill(behind_eos, self.pad)
-        return tokens
+                input_ids=start, encoder_hidden_states=states,
+                **self.search_options(num_beams, sample))
+        # transformers takes a pad id of 0 for none and fills beams up with eos. log p would count
+        # every eos, so all but the first become pads.
+        eos_so_far = (tokens == self.eos).cumsum(1)  # (B,T)
+        return tokens.masked_fill(eos_so_far > 1, self.pad)
 
     def logits(self, states, tokens):
         """states (B,N,H), tokens (B,T) -> (B,T-1,V)."""
-        # Pads stand behind the caption and attention is causal: no real token sees one.
-        tokens = tokens[:, :-1]
+        # No mask for pads: they stand behind the caption and attention is causal, so that no real
+        # token sees one.
         return self.model.text_decoder(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens),
-            encoder_hidden_states=states, use_cache=False).logits
+            tokens[:, :-1], encoder_hidden_states=states, use_cache=False).logits
 
     def save(self, folder):
         """A folder that transformers' from_pretrained reads too."""
@@ -1114,19 +1118,21 @@ def load_blip(folder):
     # Other formats of weights may run code when they are opened.
     model, found = BlipForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    if found["missing_keys"]:
-        names = sorted(found["missing_keys"])
-        raise UserError(f"the weights lack {len(names)} parameters, first {names[:3]}: a BLIP of "
-                        "another kind? take one for captioning")
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UserError(f"the weights lack {len(missing)} parameters, first {missing[:3]}: a BLIP "
+                        "of another kind? take one for captioning")
     text, tokenizer = model.config.text_config, processor.tokenizer
-    pixels = process_image(processor.image_processor, Image.new("RGB", (64, 64)))
+    pixels = process_image(processor.image_processor, Image.new("RGB", (64, 64)))  # (3,h,w)
     side = model.config.vision_config.image_size
-    for what, one, other in (
-            ("image size of processor and model", list(pixels.shape[1:]), [side, side]),
-            ("pad id of tokenizer and model", tokenizer.pad_token_id, text.pad_token_id),
-            ("sep id of tokenizer and model", tokenizer.sep_token_id, text.sep_token_id)):
-        if one != other:
-            raise UserError(f"{what} differ: {one} and {other}; take both from one model")
+    # A wrong size would stop the first step, a wrong id nothing: captions would never end, or log p
+    # would count pads.
+    made = {"image": list(pixels.shape[1:]), "pad id": tokenizer.pad_token_id,
+            "sep id": tokenizer.sep_token_id}
+    read = {"image": [side, side], "pad id": text.pad_token_id, "sep id": text.sep_token_id}
+    if made != read:
+        raise UserError(f"the processor makes {made}, the model reads {read}; take both from one "
+                        "model")
     if len(tokenizer) > text.vocab_size:
         raise UserError(f"the tokenizer has {len(tokenizer)} words, the model {text.vocab_size}")
     speed_up(model)
@@ -2670,7 +2676,7 @@ def train_toy_clip(items, folder, seed, device, steps=450):
 # new, n = N + T, d width, h heads, V words, s pixels along a side, G patches along the longest.
 # paper: its captioner is OFA-tiny [A]: d 256, h 4, 4 + 4 layers, ResNet-50, 33 M parameters.
 
-OFA_SIDES = {256: 256, 512: 256, 768: 384, 1024: 480, 1280: 480}  # d -> s [C]
+OFA_SIDES = {256: 256, 512: 256, 768: 384}  # d -> s, 480 for wider models [C]
 
 
 def split_heads(x, heads):
@@ -2682,22 +2688,24 @@ def split_heads(x, heads):
 def token_buckets(length, size):
     """How far apart two tokens are, as a row of a table of 2 * size - 1. -> (U,U).
 
-    With size 256: 0 apart is row 255, the token before 256, the token after 254.
+    With size 256: 0 apart is row 255, the token before 256, the token after 254. Up to 128 apart
+    every distance has a row of its own; beyond, rows go by its logarithm, up to 1,023 apart.
     """
+    # DeBERTa has the same rows, and so its function serves.
+    from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
     place = torch.arange(length)
     distance = place[:, None] - place  # (U,U), negative for later tokens
-    # A row for every distance up to `half`; beyond, rows by its logarithm, which is 0 at `half`.
-    half = size // 2
-    ratio = distance.abs().clamp(min=half) / half
-    beyond = ratio.log() / math.log(1023 / half) * (half - 1)
-    return distance.clamp(-half, half) + distance.sign() * beyond.ceil().long() + size - 1
-
+    return make_log_bucket_position(distance, size, 1024).long() + size - 1
 
 
 class OFAAttention(nn.ModuleDict):
-    """Attention with a bias for every two positions and NormFormer's gain for every head."""
+    """Attention with a bias for every two positions and NormFormer's gain for every head.
+
+    NormFormer: Shleifer et al. 2021, arXiv 2110.09456.
+    """
 
     def __init__(self, width, heads):
+        """width: d. heads: h."""
         super().__init__()
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             self[name] = Linear(width, width)
@@ -2758,27 +2766,23 @@ class OFALayer(nn.ModuleDict):
 class OFAStack(nn.ModuleDict):
     """What the encoder and the decoder have in common; both are of one size."""
 
-    def __init__(self, config, tokens, attentions, biases):
-        """tokens: the one matrix that embeds and predicts. biases: their projections' names."""
+    def __init__(self, config, attentions, biases):
+        """attentions: of a layer. biases: names of the projections that compare positions."""
         width = config["d_model"]
-        heads = config["encoder_attention_heads"]
         size = config["token_bucket_size"]
-        G = config["image_bucket_size"]
+        heads = config["encoder_attention_heads"]
         super().__init__({
-            "embed_tokens": tokens, "layernorm_embedding": LayerNorm(width),
             "embed_positions": Embedding(config["max_position_embeddings"] + 2, width),
-            "embed_image_positions": Embedding(G ** 2 + 1, width),
-            "pos_ln": LayerNorm(width), "image_pos_ln": LayerNorm(width),
-            "token_rel_pos_table_list": nn.ModuleList(),
-            "image_rel_pos_table_list": nn.ModuleList(),
-            "layers": nn.ModuleList(), "layer_norm": LayerNorm(width),
+            "layers": nn.ModuleList(), "token_rel_pos_table_list": nn.ModuleList(),
             "drop": nn.Dropout(config["dropout"])})
+        # Of what goes in, of positions, of what comes out.
+        for name in ("layernorm_embedding", "pos_ln", "layer_norm"):
+            self[name] = LayerNorm(width)
+        for name in biases:
+            self[f"{name}_linear"] = Linear(width, width)
         for _ in range(config["encoder_layers"]):
             self.layers.append(OFALayer(config, attentions))
             self.token_rel_pos_table_list.append(Embedding(2 * size - 1, heads))
-            self.image_rel_pos_table_list.append(Embedding((2 * G - 1) ** 2 + 3, heads))
-        for name in biases:
-            self[f"{name}_linear"] = Linear(width, width)
         self.heads = heads
         self.register_buffer("buckets", token_buckets(256, size), persistent=False)
 
@@ -2793,32 +2797,30 @@ class OFACaptioner(Captioner):
     """OFA behind the contract. states: keys and values of each layer, positions (n,d)."""
 
     def __init__(self, config, tokenizer):
+        """config: dict of config.json. tokenizer: transformers' for BART, with OFA's words."""
         from torchvision import models, ops
         # paper: captions have no leading blank and keep their punctuation [C], unlike OFA's own.
         super().__init__(tokenizer, start=[0], eos=2, pad=1, max_length=256)
         self.config = config
         width = config["d_model"]
-        tokens = Embedding(config["vocab_size"], width)
-        encoder = OFAStack(config, tokens, ["self_attn"], ["pos_q", "pos_k"])
-        encoder["type_embedding"] = Embedding(2, width)
-        encoder["image_proj"] = Linear(1024, width)
-        encoder["patch_layernorm_embedding"] = LayerNorm(width)
+        G = config["image_bucket_size"]
         # DEPARTS: live BatchNorm would make log p of a caption depend on the rest of the batch and
         # move the statistics that decoding uses; the released code lets it do both.
         trunk = models.get_model(config["resnet_type"], norm_layer=ops.FrozenBatchNorm2d)
         trunk.layer4 = trunk.avgpool = trunk.fc = nn.Identity()  # a patch is 16 x 16 pixels
-        encoder["embed_images"] = trunk
-        decoder = OFAStack(config, tokens, ["self_attn", "cross_attn"],
-                           ["self_pos_q", "self_pos_k", "cross_pos_q", "cross_pos_k"])
-        decoder["code_layernorm_embedding"] = LayerNorm(width)
-        decoder["output_projection"] = Linear(width, config["vocab_size"], bias=False)
-        decoder.output_projection.weight = tokens.weight
-        # Parts that draw images: captions give them no gradient.
-        for name in ("embed_image_positions", "image_pos_ln", "image_rel_pos_table_list",
-                     "code_layernorm_embedding"):
-            decoder[name].requires_grad_(False)
-        self.encoder = encoder
-        self.decoder = decoder
+        self.encoder = OFAStack(config, ["self_attn"], ["pos_q", "pos_k"])
+        # embed_tokens serves the decoder too, for its tokens and to predict words. The image tables
+        # have rows for a start token (1 and 3), which only a decoder that draws images would use.
+        self.encoder.update({
+            "embed_images": trunk, "image_proj": Linear(1024, width),
+            "patch_layernorm_embedding": LayerNorm(width),
+            "embed_tokens": Embedding(config["vocab_size"], width),
+            "type_embedding": Embedding(2, width),  # row 0 for words, row 1 for patches
+            "embed_image_positions": Embedding(G ** 2 + 1, width), "image_pos_ln": LayerNorm(width),
+            "image_rel_pos_table_list": nn.ModuleList(
+                Embedding((2 * G - 1) ** 2 + 3, self.encoder.heads) for _ in self.encoder.layers)})
+        self.decoder = OFAStack(config, ["self_attn", "cross_attn"],
+                                ["self_pos_q", "self_pos_k", "cross_pos_q", "cross_pos_k"])
         question = tokenizer(" what does the image describe?")["input_ids"]  # paper: blank too [C]
         self.register_buffer("question", torch.tensor(question), persistent=False)
 
@@ -2841,12 +2843,11 @@ class OFACaptioner(Captioner):
 
         # Where patches and words are, and how much every place looks at every other.
         N = patches.shape[1]
-        T = words.shape[1]
+        T = len(self.question)
         G = self.config["image_bucket_size"]
+        side = math.isqrt(N)
+        row, column = torch.unravel_index(torch.arange(N, device=x.device), (side, side))  # (N,)
         # Patches are numbered row by row on a grid of G x G; row 0 of the table is no patch.
-        cell = torch.arange(N, device=x.device)
-        row = cell // math.isqrt(N)
-        column = cell % math.isqrt(N)
         image_at = net.embed_image_positions(G * row + column + 1)                # (N,d)
         token_at = net.embed_positions.weight[:T]                                 # (T,d)
         at = torch.cat([net.image_pos_ln(image_at), net.pos_ln(token_at)])        # (n,d)
@@ -2857,19 +2858,20 @@ class OFACaptioner(Captioner):
         corner = (2 * G - 1) * row + column
         near = corner[:, None] - corner + 2 * G * (G - 1)                         # (N,N)
         far = net.buckets[:T, :T]                                                 # (T,T)
-        for layer, image_table, token_table in zip(
-                net.layers, net.image_rel_pos_table_list, net.token_rel_pos_table_list):
+        for k, layer in enumerate(net.layers):
             bias = shared.clone()                                                 # (h,n,n)
-            bias[:, :N, :N] += image_table(near).permute(2, 0, 1)
-            bias[:, N:, N:] += token_table(far).permute(2, 0, 1)
-            x = layer(x, bias, DynamicCache(), 0)
+            bias[:, :N, :N] += net.image_rel_pos_table_list[k](near).permute(2, 0, 1)
+            bias[:, N:, N:] += net.token_rel_pos_table_list[k](far).permute(2, 0, 1)
+            x = layer(x, bias, DynamicCache(), 0)  # an empty cache: nothing came before
         x = net.layer_norm(x)
+        # What the decoder's layers look at is the same for every token, so it is computed once.
         return [layer.cross_attn.read(x) for layer in self.decoder.layers], at
 
     def decode(self, states, tokens, cache):
         """tokens (R,u), which follow those in the cache -> logits (R,u,V)."""
         memory, at = states
         net = self.decoder
+        table = self.encoder.embed_tokens
         seen = cache.get_seq_length()
         U = seen + tokens.shape[1]
         own = net.pos_ln(net.embed_positions.weight[:U])                          # (U,d)
@@ -2879,11 +2881,11 @@ class OFACaptioner(Captioner):
         # The table's rows before that of distance 0 stand for later tokens, which none may see.
         far = net.buckets[seen:U, :U]                                             # (u,U)
         shared = shared.masked_fill(far < net.buckets[0, 0], -math.inf)
-        x = net.drop(net.layernorm_embedding(net.embed_tokens(tokens)))           # (R,u,d)
+        x = net.drop(net.layernorm_embedding(table(tokens)))                      # (R,u,d)
         for k, layer in enumerate(net.layers):
             bias = shared + net.token_rel_pos_table_list[k](far).permute(2, 0, 1)
             x = layer(x, bias, cache, k, memory[k], cross)
-        return net.output_projection(net.layer_norm(x))
+        return net.layer_norm(x) @ table.weight.T
 
     def logits(self, states, tokens):
         """tokens (B,T) -> (B,T-1,V). No real token sees a pad: attention is causal."""
@@ -2901,7 +2903,10 @@ class OFACaptioner(Captioner):
         decode = self.decode
 
         class Search(PreTrainedModel, GenerationMixin):
-            """What its generate() asks of a model. It knows no states, so that beams share them."""
+            """What generate(), a method of transformers' models, asks of a model.
+
+            It is not told of the states, so it does not copy them for every beam.
+            """
 
             def forward(self, input_ids, cache=None, past_key_values=None, **unused):
                 # (Early releases of transformers 5 call the cache past_key_values.)
@@ -2913,24 +2918,21 @@ class OFACaptioner(Captioner):
         search = Search(PreTrainedConfig(
             num_hidden_layers=len(self.decoder.layers), vocab_size=self.config["vocab_size"]))
         search.decoder = self.decoder.eval()
+        options = self.search_options(num_beams, sample)
+        if not sample:
+            # paper: at the length limit a caption is made to end [C]. A sample is only cut there:
+            # p has no such rule.
+            options["forced_eos_token_id"] = self.eos
         start = self.question.new_tensor([self.start] * len(states[0][0][0]))     # (B,1)
-        # At the length limit a caption is made to end with eos; a sample is only cut, as p has it.
-        how = {"no_repeat_ngram_size": self.no_repeat_ngram, "forced_eos_token_id": self.eos}
-        if sample:
-            how = {"do_sample": True, "top_k": 0}  # 0: from all words, not from the 50 likeliest
-        tokens = search.generate(
-            start, num_beams=num_beams, eos_token_id=self.eos, pad_token_id=self.pad,
-            max_length=min(self.max_length, 1 + self.max_new_tokens), **how)
+        tokens = search.generate(start, **options)
         self.decoder.train(self.training)
         return tokens
 
     def save(self, folder):
         """Write what load_ofa reads."""
-        # (save_model writes the matrix of three names once; load_model knows.)
-        from safetensors.torch import save_model
         write_json(Path(folder) / "config.json", self.config)
         self.tokenizer.save_pretrained(folder)
-        save_model(self, f"{folder}/model.safetensors")
+        save_weights(self, f"{folder}/model.safetensors")
 
 
 def load_ofa(folder):
@@ -2939,7 +2941,7 @@ def load_ofa(folder):
     Weights: model.safetensors or pytorch_model.bin, in Hugging Face's version, not fairseq's.
     Words from 50265 on are codes of images and boxes: no text, so vocab.json may end before them.
     """
-    from safetensors.torch import load_model
+    from safetensors.torch import load_file
     from transformers import BartTokenizer
     config = read_json(f"{folder}/config.json", "OFA's config")
     config.setdefault("image_size", OFA_SIDES.get(config["d_model"], 480))
@@ -2950,15 +2952,19 @@ def load_ofa(folder):
     captioner = OFACaptioner(config, tokenizer)
     path = f"{folder}/model.safetensors"
     if os.path.exists(path):
-        missing, unexpected = load_model(captioner, path, strict=False)
+        state = load_file(path)
     else:
         state = torch.load(f"{folder}/pytorch_model.bin", "cpu", weights_only=True)
-        missing, unexpected = captioner.load_state_dict(state, strict=False)
-    # Tables of whole numbers, which OFAStack computes.
-    tables = ("token_rp_bucket", "image_rp_bucket", "image_position_idx")
-    unexpected = [key for key in unexpected if not key.endswith(tables)]
+    # embed_tokens has three names in OFA; a file holds all of them or any one.
+    for name in ("decoder.embed_tokens.weight", "decoder.output_projection.weight"):
+        if name in state:
+            state.setdefault("encoder.embed_tokens.weight", state.pop(name))
+    missing, unexpected = captioner.load_state_dict(state, strict=False)
+    # Files also hold tables that OFAStack computes and what a decoder needs to draw images.
+    known = "rp_bucket|decoder.*image|decoder.code"
+    unexpected = [key for key in unexpected if not re.search(known, key)]
     if missing or unexpected:
-        raise ValueError(f"missing {sorted(missing)[:3]}, unexpected {unexpected[:3]}")
+        raise ValueError(f"missing {missing[:3]}, unexpected {unexpected[:3]}")
     return captioner
 
 
@@ -2982,8 +2988,8 @@ def speed_up(model):
 
         def forward(self, hidden_states, **_):
             """(B,N,H) -> (B,N,H), None."""
-            qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,heads,N,H/heads) each
+            q, k, v = [split_heads(part, self.num_heads)  # (B,heads,N,H/heads)
+                       for part in self.qkv(hidden_states).chunk(3, -1)]
             dropout = self.dropout.p if self.training else 0.
             mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
             return self.projection(mixed.transpose(1, 2).flatten(2)), None
@@ -3001,8 +3007,8 @@ def speed_up(model):
                 return super().forward(hidden_states, *rest, **more)
             key, value = self.shared  # (B,heads,N,H/heads)
             q = self.query(hidden_states).view(len(key), -1, self.all_head_size)  # (B,Ku,H)
-            q = q.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
-            mixed = F.scaled_dot_product_attention(q, key, value)  # (B,heads,Ku,H/heads)
+            q = split_heads(q, self.num_attention_heads)  # (B,heads,Ku,H/heads)
+            mixed = F.scaled_dot_product_attention(q, key, value)
             return mixed.transpose(1, 2).reshape(hidden_states.shape), None
 
     for layer in model.vision_model.encoder.layers:
@@ -3019,13 +3025,12 @@ def speed_up(model):
 @contextlib.contextmanager
 def shared_image_keys(model, states):
     """While captions are generated: cross-attention keys of states (B,N,H) for all beams."""
-    layers = [layer.crossattention.self for layer in model.text_decoder.bert.encoder.layer]
-    layers = [layer for layer in layers if hasattr(layer, "shared")]
+    # Of the layers that speed_up() made; without it there are none, and the loops do nothing.
+    layers = [layer for layer in model.modules() if hasattr(layer, "shared")]
     for layer in layers:
-        heads = (layer.num_attention_heads, -1)
-        key = layer.key(states).unflatten(-1, heads).transpose(1, 2)  # (B,heads,N,H/heads)
-        value = layer.value(states).unflatten(-1, heads).transpose(1, 2)
-        layer.shared = key, value
+        heads = layer.num_attention_heads
+        layer.shared = (split_heads(layer.key(states), heads),  # (B,heads,N,H/heads) each
+                        split_heads(layer.value(states), heads))
     try:
         yield
     finally:
