@@ -1,4 +1,4 @@
-"""Tests of distcap.py, in its order. Oracles are independent: loops, enumeration, other libraries."""
+"""Tests of distcap.py, in its order. Oracles are independent: loops, enumeration, libraries."""
 import ast
 import contextlib
 import functools
@@ -119,45 +119,29 @@ def tiny(tmp_path_factory):
     m.write_json(folder / "clip/open_clip_config.json", {"model_cfg": config, "preprocess_cfg": {}})
     return folder
 
-@pytest.fixture(scope="session")
-def album(tmp_path_factory):
-    """Twelve pictures (8 train, one of them restval; 2 val, 2 test), the same in both formats.
+@pytest.fixture
+def photos(tmp_path):
+    """Twelve pictures, 8 train (one restval), 2 val, 2 test, in Karpathy's and in COCO's format.
 
     One reference of image 0 is longer than any model reads.
     """
-    folder, images, coco = tmp_path_factory.mktemp("album"), [], {}
-    (folder / "img").mkdir()
+    folder, images = tmp_path / "photos", []
+    (folder / "img").mkdir(parents=True)
     for n, split in enumerate(["train"] * 8 + ["val"] * 2 + ["test"] * 2):
-        picture = Image.new("RGB", (60, 50), (20 * n, 90, 250 - 20 * n))
-        picture.save(folder / f"img/{n}.bmp")
+        Image.new("RGB", (60, 50), (20 * n, 90, 250 - 20 * n)).save(folder / f"img/{n}.bmp")
         texts = [f" cap  {n} ", "same\ntext"]
-        if n == 0:
-            texts.append("cap " * 500)
-        images.append({"filename": f"{n}.bmp", "imgid": n, "split": "restval" if n == 1 else split,
+        images.append({"filename": f"{n}.bmp", "imgid": n, "split": split,
                        "sentences": [{"raw": text} for text in texts]})
-        data = coco.setdefault(split, {"images": [], "annotations": []})
-        data["images"].append({"id": n, "file_name": f"{n}.bmp"})
-        data["annotations"] += [{"image_id": n, "caption": text} for text in texts]
+    images[0]["sentences"].append({"raw": "cap " * 500})
+    for split in m.SPLITS:
+        mine = [image for image in images if image["split"] == split]
+        m.write_json(folder / f"captions_{split}.json", {
+            "images": [{"id": x["imgid"], "file_name": x["filename"]} for x in mine],
+            "annotations": [{"image_id": x["imgid"], "caption": sentence["raw"]}
+                            for x in mine for sentence in x["sentences"]]})
+    images[1]["split"] = "restval"
     m.write_json(folder / "k.json", {"images": images})
-    for split in coco:
-        m.write_json(folder / f"captions_{split}.json", coco[split])
     return folder
-
-@pytest.fixture
-def photos(album, tmp_path):
-    """A copy of the album that a test may spoil."""
-    return Path(shutil.copytree(album, tmp_path / "photos"))
-
-@pytest.fixture(scope="session")
-def work(album, tiny, tmp_path_factory):
-    """A folder with run/, a finished run of the tiny models over the album; what it said."""
-    folder, said = tmp_path_factory.mktemp("work"), io.StringIO()
-    with at(folder) as patch, contextlib.redirect_stdout(said):
-        patch.setattr(m, "train_discriminator", functools.partial(m.train_discriminator, steps=5))
-        assert m.main(f"train --data karpathy --annotations {album}/k.json --images {album}/img "
-                      f"--captioner {tiny}/blip --clip {tiny}/clip --run run --tf-steps 2 "
-                      "--steps 2 --batch-size 4 --num-beams 2 --device cpu".split()) == 0
-    return folder, said.getvalue()
 
 SHORT = "--images world --clip clip --batch-size 8 --num-beams 2".split()
 
@@ -213,13 +197,10 @@ def test_the_worked_example_of_section_1():
     case = dict(t=texts[[0, 2]], i=torch.eye(2, 5)[[0, 0]], greedy=None, texts=texts, tau=.01,
                 images=torch.eye(2, 5), own_text=torch.eye(3).bool()[[0, 2]],
                 own_image=torch.tensor([[True, False]] * 2))
-    r_i2t, r_bi = m.unidirectional_reward(**case), m.bidirectional_reward(**case)
+    assert m.unidirectional_reward(**case).tolist() == pytest.approx([.0398, -.04], abs=5e-5)
+    assert m.bidirectional_reward(**case).tolist() == pytest.approx([.1398, .04], abs=5e-5)
     said = inspect.getsource(m).split("A worked example")[1].split("def similarity")[0]
-    for k, comment in enumerate(said.split("Caption 3, the human")):
-        wants = [(.0398, .1, .1398), (-.04, .08, .04)][k]
-        for want, got in zip(wants, (r_i2t[k], r_bi[k] - r_i2t[k], r_bi[k])):
-            assert got.item() == pytest.approx(want, abs=5e-5)
-            assert f"= {want:.4f}".replace("0.", ".", 1) in comment
+    assert all(f"= {number}" in said for number in (".0398", "-.0400", ".1398", ".0400"))
 
 @pytest.mark.parametrize("name, mask", [("unidirectional", "own_text"), (
     "bidirectional", "own_text"), ("bidirectional", "own_image")])
@@ -273,11 +254,11 @@ def test_the_discriminator_has_the_papers_shape():
 def test_each_fault_does_what_it_says(how):
     caption, other = "a large red circle above one tiny pink cross", "two green squares left of it"
     old, rng, seen = caption.split(), random.Random(0), set()
-    for _ in range(200):
+    for _ in range(100):
         text = m.corrupt(caption, how, other, rng)
-        got, n = text.split(), len(text.split())
+        got = text.split()
         seen.add(text)
-        one_less = [got[:k] + got[k + 1:] for k in range(n)]
+        one_less = [got[:k] + got[k + 1:] for k in range(len(got))]
         moved = sum(a != b for a, b in zip(got, old)) if sorted(got) == sorted(old) else -1
         assert {"repeat": old in one_less and set(got) == set(old),
                 "remove": got in [old[:k] + old[k + 1:] for k in range(9)],
@@ -286,26 +267,19 @@ def test_each_fault_does_what_it_says(how):
                 "keywords": text == "large circle above tiny pink cross",
                 "truncate": text == "a large red circle above",
                 "glue": text == f"{caption} {other}", "replace": text == other}[how], text
-    least = {"repeat": 9, "remove": 9, "insert": 45, "swap": 30, "shuffle": 150}
-    assert least.get(how, 1) <= len(seen) <= (200 if how in least else 1)
-    with pytest.raises(ValueError, match="'stammer' is none of"):
-        m.corrupt(caption, "stammer", other, rng)
+    least = {"repeat": 9, "remove": 9, "insert": 40, "swap": 25, "shuffle": 80}
+    assert len(seen) >= least.get(how, 1)
 
 # -- 4. One step -----------------------------------------------------------------------------------
 
-STEP_CASES = {
-    "full": {},
-    "without GT": {"reward": "similarity", "gt_in_pool": False},
-    "as printed": {"reward": "unidirectional", "center_reward": False, "wtf_weight": 2.},
-    "WTF alone": {"rl_weight": 0.}}
+STEP_CASES = {"full": {}, "without GT": {"reward": "similarity", "gt_in_pool": False},
+              "WTF alone": {"rl_weight": 0.}}
 # The first edition's losses in ten steps.
 FIRST_EDITION = {name: [float(x) for x in numbers.split()] for name, numbers in {
     "full": "2.1103878 .3163072 -.0046164 2.0204046 1.5440594 .6968309 .7000628 .8392659 .642817 "
             "1.1881411",
     "without GT": ".7362831 .1283702 .0055009 .9920914 .4929903 .3740338 .2243218 .3722331 "
                   ".1515576 .1694838",
-    "as printed": "-2.1559956 -3.8661063 -3.9022322 -2.2034192 -2.1410072 -4.3525486 -4.1545091 "
-                  "-2.7114861 -2.353049 -3.3639379",
     "WTF alone": "1.6246241 .5075341 .5425769 1.1360985 1.0221325 1.3249058 1.056959 .5911341 "
                  ".6695461 1.2685027",
     "discriminator": ".7046313 .6031411 .5375799 .5673978 .4999847 .6640055 .4899882 .5168336 "
@@ -377,7 +351,7 @@ def check_ten_steps(name, step, fast=False):
     if name == "full":
         assert d_losses == pytest.approx(FIRST_EDITION["discriminator"], rel=1e-5, abs=1e-5)
 
-@pytest.mark.parametrize("name, fast", [*zip(STEP_CASES, [False] * 4), ("full", True)])
+@pytest.mark.parametrize("name, fast", [*zip(STEP_CASES, [False] * 3), ("full", True)])
 def test_ten_steps_give_the_losses_of_the_first_edition(name, fast):
     check_ten_steps(name, m.rl_step, fast)
 
@@ -415,40 +389,32 @@ def test_pools_hold_what_the_paper_says_on_one_process_and_on_two(kinds):
 
 @pytest.mark.parametrize("name, decode", [*zip(m.REWARDS, ["beam"] * 3),
                                           ("bidirectional", "sample")])
+@torch.no_grad()
 def test_the_step_is_the_paper_spelled_out(name, decode):
-    """Uncentred loss = -(r_policy log p_policy + .7 r_gt log p_gt) by loops and the model; dropout
-    goes off by itself; one pass of the image encoder."""
+    """Loss = -(r_policy log p_policy + .7 r_gt log p_gt); dropout off; one pass over the images."""
     (captioner, discriminator, clip, bank), (batch, *_) = frozen_case(dropout=.4)
     passes, rows = [], batch["rows"]
     hook = captioner.model.vision_model.register_forward_hook(lambda *_: passes.append(1))
     torch.manual_seed(1)
-    loss, _, info = m.rl_step(batch, captioner.train(), discriminator, clip, bank, reward=name,
-                              tau=.05, center_reward=False, wtf_weight=.7, decode=decode)
+    loss, _, _ = m.rl_step(batch, captioner.train(), discriminator, clip, bank, reward=name,
+                           tau=.05, center_reward=False, wtf_weight=.7, decode=decode)
     hook.remove()
     assert len(passes) == 1
-    captioner.eval()
-    total, i = 0., bank["emb"][rows]
-    with torch.no_grad():
-        states = captioner.encode(batch["pixels"])
-        torch.manual_seed(1)
-        policy = captioner.generate(states, num_beams=5, sample=decode == "sample")
-        said = [*captioner.detokenize(policy), *captioner.detokenize(captioner.generate(states))]
-        pool = clip.encode_texts(said + batch["captions"])
-        pictures = sorted({*rows.tolist(), *bank["near"][rows].flatten().tolist()})
-        own_image = bank["ids"][rows][:, None] == bank["ids"][pictures]
-        for kind, first, tokens, weight in (
-                ("policy", 0, policy, 1.), ("gt", 12, captioner.tokenize(batch["captions"]), .7)):
-            t, rewards = pool[first:first + 6], []
-            r_sim = looped(name, .05, t, i, pool[6:12], pool, bank["emb"][pictures],
-                           torch.eye(6, 18).bool().roll(first, 1), own_image)
-            human = discriminator.net(torch.cat([i, t], 1)).softmax(1)[:, 1].tolist()
-            for b in range(6):
-                ids = tokens[b:b + 1, :(tokens[b] != 0).sum()]
-                log_p = captioner.model.text_decoder(
-                    ids, encoder_hidden_states=states[b:b + 1]).logits[0, :-1].log_softmax(-1)
-                rewards.append(.94 * r_sim[b] + .06 * human[b])
-                total -= weight * rewards[b] * log_p.gather(1, ids[0, 1:, None]).mean().item() / 6
-            assert info[f"r_{kind}"].item() == pytest.approx(sum(rewards) / 6, abs=1e-5)
+    states, i = captioner.eval().encode(batch["pixels"]), bank["emb"][rows]
+    torch.manual_seed(1)
+    policy = captioner.generate(states, num_beams=5, sample=decode == "sample")
+    said = [*captioner.detokenize(policy), *captioner.detokenize(captioner.generate(states))]
+    pool = clip.encode_texts(said + batch["captions"])
+    pictures = sorted({*rows.tolist(), *bank["near"][rows].flatten().tolist()})
+    own_image = bank["ids"][rows][:, None] == bank["ids"][pictures]
+    total = 0.
+    for first, tokens, weight in ((0, policy, 1.), (12, captioner.tokenize(batch["captions"]), .7)):
+        t, own_text = pool[first:first + 6], torch.eye(6, 18).bool().roll(first, 1)
+        r_sim = looped(name, .05, t, i, pool[6:12], pool, bank["emb"][pictures], own_text,
+                       own_image)
+        human = discriminator.net(torch.cat([i, t], 1)).softmax(1)[:, 1]
+        reward = .94 * torch.tensor(r_sim) + .06 * human
+        total -= weight * (reward * captioner.log_prob(states, tokens)).mean().item()
     assert loss.item() == pytest.approx(total, rel=1e-4, abs=1e-5)
 
 def test_ground_truth_counts_three_times():
@@ -466,14 +432,6 @@ def test_ground_truth_counts_three_times():
     (a, d_a, _), (b, _, _) = both(rl_weight=0.)
     assert a != b and d_a is None                        # 2. the extra trajectory
 
-def test_wtf_alone_with_the_similarity_reward_decodes_its_baseline():
-    (captioner, d, clip, bank), (batch, *_) = frozen_case()
-    _, _, info = m.rl_step(batch, captioner, d, clip, bank, rl_weight=0., reward="similarity")
-    greedy = captioner.generate(captioner.encode(batch["pixels"]))
-    better = batch["t_gt"] - clip.encode_texts(captioner.detokenize(greedy))
-    want = np.mean([(better[b] @ bank["emb"][row]).item() for b, row in enumerate(batch["rows"])])
-    assert info["r_sim_gt"].item() == pytest.approx(want, abs=1e-6) and abs(want) > 1e-3
-
 # -- 5. Training -----------------------------------------------------------------------------------
 
 def test_the_learning_rate_rises_then_falls_to_a_tenth():
@@ -481,14 +439,6 @@ def test_the_learning_rate_rises_then_falls_to_a_tenth():
     assert [rates[k] for k in (0, 4, 9, 500, 1000)] == pytest.approx([.2, 1, 2, 1.1, .2], rel=1e-3)
     assert all(a < b for a, b in zip(rates, rates[1:10]))
     assert all(a > b for a, b in zip(rates[9:], rates[10:]))
-
-def test_logged_means_are_those_of_all_batches_and_processes():
-    others = iter([6., -1.])  # what the second process has
-    fake = types.SimpleNamespace(reduce=lambda x, reduction: {"mean": (x + next(others)) / 2}[
-        reduction])
-    infos = [{"a": torch.tensor(1.), "b": torch.tensor(0.)},
-             {"a": torch.tensor(3.), "b": torch.tensor(2.)}]
-    assert m.whole_batch_means(infos, fake) == {"a": 4., "b": 0.}
 
 PROGRAM = """
 import os, signal, sys
@@ -580,14 +530,14 @@ def test_retrieval_shares_ties_ignores_blocks_and_lengths_and_takes_numpy():
     t[1] = t[0] = i[0]  # two equal captions: image 0 finds its own one half of the time
     means, each = m.retrieval(t, i)
     assert each["i2t_r1"][0] == .5 and each["i2t_rank"][0] == 1.5
-    assert m.retrieval(t, i, block=7)[0] == pytest.approx(means)
     stretched = t * torch.linspace(.1, 9, 50)[:, None], i * 3
-    assert m.retrieval(*(x.double().numpy() for x in stretched))[0] == pytest.approx(means)
+    again, _ = m.retrieval(*(x.double().numpy() for x in stretched), block=7)
+    assert again == pytest.approx(means)
     for way, a, b in (("t2i", t, i), ("i2t", i, t)):
-        order = torch.argsort(-(a[2:] @ b.T), dim=1)
-        ranks = [1 + row.tolist().index(q) for q, row in enumerate(order, 2)]
+        order = torch.argsort(-(a @ b.T), dim=1)
+        ranks = [1 + row.tolist().index(q) for q, row in enumerate(order)]
         for k in (1, 5, 10):
-            assert each[f"{way}_r{k}"][2:].tolist() == [float(r <= k) for r in ranks]
+            assert each[f"{way}_r{k}"][2:].tolist() == [float(rank <= k) for rank in ranks[2:]]
             assert means[f"{way}_r{k}"] == pytest.approx(each[f"{way}_r{k}"].mean().item())
     with pytest.raises(ValueError, match="250 captions for 50 images"):
         m.retrieval(unit(250, 16), i)
@@ -626,33 +576,16 @@ def test_intervals_are_those_of_the_binomial():
     assert got == pytest.approx({"r1_low": hits.mean() - half, "r1_high": hits.mean() + half},
                                 abs=.15 * half)
 
-@pytest.mark.parametrize("prefix", ["A photo depicts ", ""])
-def test_clip_score_is_that_of_hessel_et_al(prefix):
+@torch.no_grad()
+def test_clip_score_is_that_of_hessel_et_al(tiny):
     """2.5 max(0, cos) of prefix + caption, full stops kept."""
-    def letter_counts(texts):
-        return torch.tensor([[float(text.count(chr(k))) for k in range(128)] for text in texts])
-
-    model, weight = nn.Module(), unit(128, 8)
-    model.logit_scale, model.encode_text = torch.tensor(math.log(100.)), lambda x: x @ weight
-    clip = m.FrozenClip(model, None, letter_counts, "cpu")
-    captions, i = ["A red cat.", "two dogs.", "zzz"], unit(3, 8, seed=2)
-    i[:2] = F.normalize(letter_counts(["a red cat", "two dogs"]) @ weight, dim=1)
-    i[1] *= -1  # a cosine below 0
-    t = letter_counts([prefix + caption for caption in captions]) @ weight
+    clip, captions = m.load_clip(str(tiny / "clip"), "", "cpu"), ["A red cat.", "two dogs.", "z"]
+    t = clip.model.encode_text(clip.tokenizer([f"A photo of {caption}" for caption in captions]))
+    i = F.normalize(torch.stack([t[0] + t[1], -t[1], t[0]]), dim=1)
     want = 2.5 * F.cosine_similarity(t, i).clamp(min=0)
-    means, each = m.clip_metrics(captions, clip, i.numpy(), prefix)
+    means, each = m.clip_metrics(captions, clip, i.numpy(), "A photo of ")
     assert torch.allclose(each["clip_score"], want, atol=1e-6) and want[1] == 0 < want[0]
     assert means["clip_score"] == pytest.approx(want.mean().item())
-    assert clip.tau == pytest.approx(.01)
-
-def test_judges_have_their_names_and_without_pictures_notes_say_so(tiny):
-    captions, items = ["a b", "a c", "d"], [{"captions": ["x"]}] * 3
-    judges = {"x/": (m.load_clip(str(tiny / "clip"), "", "cpu"), unit(3, 24))}
-    metrics, _, notes = m.evaluate(captions, items, judges, language=False)
-    assert not notes and "x/t2i_r1" in metrics and "t2i_r1" not in metrics
-    metrics, _, notes = m.evaluate(captions, items, {}, language=False)
-    assert metrics.get("t2i_r1") is None and metrics["vocabulary"] == 4
-    assert all("--images" in notes[name] for name in ("t2i_r1", "i2t_r1", "clip_score"))
 
 # -- 7. CLIP ---------------------------------------------------------------------------------------
 
@@ -702,8 +635,6 @@ def test_samples_are_drawn_from_p_and_log_p_is_what_generation_assigned():
     captioner.max_new_tokens, n, p = 1, 6000, out.logits[0][0].softmax(-1)
     drawn = captioner.generate(states[:1].expand(n, -1, -1), sample=True)[:, 1]
     assert ((drawn.bincount(minlength=64) / n - p) / (p / n).sqrt()).abs().max() < 5
-    rare = p.topk(14, largest=False)  # transformers by itself never draws these
-    assert rare.values.sum() * n > 20 and torch.isin(drawn, rare.indices).any()
 
 def test_tokens_go_there_and_back_and_a_beam_ends_with_one_eos_and_pads(monkeypatch):
     (captioner, *_), _ = frozen_case()
@@ -770,19 +701,18 @@ def test_half_precision_weights_become_float32_and_move(tiny, tmp_path):
     norm = captioner.model.text_decoder.cls.predictions.transform.LayerNorm.weight
     assert 0 < (norm - 1).abs().max() < 1e-5
 
+@torch.no_grad()
 def test_folders_as_todays_libraries_write_them(tiny, tmp_path):
     from transformers import BlipForConditionalGeneration, BlipProcessor
     model = BlipForConditionalGeneration.from_pretrained(tiny / "blip").eval()
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     BlipProcessor(processor(48), bert_words()).save_pretrained(tmp_path)
-    names = {path.name for path in tmp_path.iterdir()}
-    assert "processor_config.json" in names and "preprocessor_config.json" not in names
+    assert not (tmp_path / "preprocessor_config.json").exists()
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     captioner, pixels = m.load_captioner(str(tmp_path)).eval(), torch.randn(1, 3, 48, 48)
-    with torch.no_grad():
-        tokens = captioner.tokenize(["cap 1"])
-        want = model(pixel_values=pixels, input_ids=tokens).logits[:, :-1]
-        torch.testing.assert_close(captioner.logits(captioner.encode(pixels), tokens), want)
+    tokens = captioner.tokenize(["cap 1"])
+    want = model(pixel_values=pixels, input_ids=tokens).logits[:, :-1]
+    torch.testing.assert_close(captioner.logits(captioner.encode(pixels), tokens), want)
 
 CAPTIONER_OF_ANOTHER_FAMILY = '''
 import torch, transformers as hf
@@ -819,16 +749,16 @@ def test_a_captioner_of_another_family(workplace):
     import transformers as hf
     folder = workplace / "vit-gpt2"
     words = m.word_tokenizer(["a red blue green yellow pink circle square triangle cross"], 40)
-    end = {"bos_token": "[EOS]", "eos_token": "[EOS]", "unk_token": "[UNK]"}
-    hf.PreTrainedTokenizerFast(tokenizer_object=words.backend_tokenizer,
-                               **end).save_pretrained(folder)
     eyes = hf.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                         intermediate_size=16, image_size=32, patch_size=8)
     mouth = hf.GPT2Config(vocab_size=len(words), n_positions=128, n_embd=16, n_layer=1, n_head=2,
                           bos_token_id=2, eos_token_id=2, is_decoder=True, add_cross_attention=True)
     config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(eyes, mouth)
-    hf.VisionEncoderDecoderModel(config).save_pretrained(folder)
-    hf.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    for part in (hf.PreTrainedTokenizerFast(tokenizer_object=words.backend_tokenizer,
+                                            bos_token="[EOS]", eos_token="[EOS]"),
+                 hf.VisionEncoderDecoderModel(config),
+                 hf.ViTImageProcessor(size={"height": 32, "width": 32})):
+        part.save_pretrained(folder)
     script = CAPTIONER_OF_ANOTHER_FAMILY
     assert len([line for line in script.splitlines() if line]) <= 25
     flags = "--start runs/whole --run runs/other --captioner vit-gpt2 --tf-steps 0 --steps 2"
@@ -836,13 +766,11 @@ def test_a_captioner_of_another_family(workplace):
         patch.setattr(sys, "argv", ["distcap.py", "train", *SHORT, *flags.split()])
         patch.setattr(m, "CAPTIONERS", dict(m.CAPTIONERS))
         exec(script, {"__name__": "script"})
-    assert end.value.code == 0
-    steps = log_of(workplace / "runs/other", "rl")
-    assert [step["step"] for step in steps] == [1, 2] and steps[0]["grad_captioner"] > 0
-    before, after = [load_file(f"{path}/model.safetensors")
-                     for path in (folder, workplace / "runs/other/captioner")]
+    assert end.value.code == 0 and len(log_of(workplace / "runs/other", "rl")) == 2
     name = "decoder.transformer.h.0.crossattention.c_attn.weight"
-    assert not torch.equal(before[name], after[name])
+    before, after = [load_file(f"{path}/model.safetensors")[name]
+                     for path in (folder, workplace / "runs/other/captioner")]
+    assert not torch.equal(before, after)
 
 # -- 9. Data ---------------------------------------------------------------------------------------
 
@@ -866,13 +794,10 @@ def test_cocoid_and_filepath_of_karpathy_are_used(photos):
     assert (item["image_id"], item["file"]) == (508, f"{photos}/img/val2014/8.bmp")
 
 def test_equal_ids_in_two_splits_are_two_images(photos):
-    def renumber(data):
-        data["images"][0]["id"] = 0
-        for note in data["annotations"][:2]:
-            note["image_id"] = 0
-    edit(photos / "captions_val.json", renumber)
-    files = [f"{photos}/captions_{split}.json" for split in ("train", "val", "test")]
-    got = m.load_coco(files, [str(photos / "img")])
+    val = photos / "captions_val.json"
+    val.write_text(val.read_text().replace('id": 8', 'id": 0'))
+    files = [f"{photos}/captions_{split}.json" for split in m.SPLITS]
+    got = m.load_coco(files, [f"{photos}/img"])
     assert got["val"][0]["captions"] == ["cap 8", "same text"]
     assert [got[split][0]["file"][-5:] for split in ("train", "val")] == ["0.bmp", "8.bmp"]
 
@@ -901,20 +826,21 @@ def test_annotation_files_of_another_kind(photos):
 
 @pytest.mark.parametrize("value, want", [
     (" a\u2028b\0c\ud83d ", ["a b c"]), (["x ", " ", None], ["x"]), (None, []), (math.nan, []),
-    ("cafe\u0301", ["caf\u00e9"]), (7, "int"), ({"a": 1}, "dict"), ([["a"], 2.5], "float")])
+    ("cafe\u0301", ["caf\u00e9"]), (7, "int"), ([["a"], 2.5], "float")])
 def test_captions_that_are_no_text(photos, value, want, capsys):
     """One rule in references and predictions: text, a list of them, nothing, or an error."""
     path = edit(photos / "captions_test.json", lambda d: d["annotations"][0].update(caption=value))
     (photos / "p.json").write_text(json.dumps([{"image_id": 10, "caption": value}]))
-    calls = [lambda: m.load_coco([path], only="test")["test"][0]["captions"],
-             lambda: m.load_predictions(f"{photos}/p.json", [{"image_id": 10}])]
     if isinstance(want, str):
-        for call in calls:
-            with pytest.raises(UserError, match=f"json: image 10 ?.*{want}"):
-                call()
-        return
-    assert calls[0]() == [*want, "same text"] and calls[1]() == {10: "".join(want)}
-    assert capsys.readouterr().out.count("empty captions") == (0 if want else 2)
+        with mistake(f"json: image 10 ?.*{want}"):
+            m.load_coco([path], only="test")
+        with mistake(f"json: image 10 ?.*{want}"):
+            m.load_predictions(photos / "p.json", [{"image_id": 10}])
+    else:
+        items = m.load_coco([path], only="test")["test"]
+        assert items[0]["captions"] == [*want, "same text"]
+        assert m.load_predictions(photos / "p.json", items[:1]) == {10: "".join(want)}
+        assert capsys.readouterr().out.count("empty captions") == (0 if want else 2)
 
 QUARTER_TURN = Image.Exif()
 QUARTER_TURN[0x0112] = 6
@@ -936,12 +862,13 @@ def test_odd_pictures_work(tmp_path, name, image, options, want):
 def test_bad_pictures_are_named(photos, tiny, workers):
     clip, img = m.load_clip(str(tiny / "clip"), "", "cpu"), photos / "img"
     items = [{"image_id": n, "file": f"{img}/{n}.bmp"} for n in range(12)]
-    for n, content in ((1, (img / "1.bmp").read_bytes()[:200]), (2, b""), (3, b"no image")):
-        (img / f"{n}.bmp").write_bytes(content)
+    os.truncate(img / "1.bmp", 200)
+    os.truncate(img / "2.bmp", 0)
+    (img / "3.bmp").write_text("no image")
     os.remove(img / "4.bmp")
-    with pytest.raises(UserError, match="4 of 12 images are bad.*/1.bmp.*/2.bmp.*/3.bmp"):
+    with mistake("4 of 12 images are bad.*/1.bmp.*/2.bmp.*/3.bmp"):
         m.embed_images(clip, items, workers, str(photos / "c"))
-    with pytest.raises(UserError, match="image 7 has no file_name"):
+    with mistake("image 7 has no file_name"):
         m.embed_images(clip, [{"image_id": 7, "file": None}], workers, str(photos / "c"))
 
 def test_cached_embeddings_are_never_stale(photos, tiny, monkeypatch):
@@ -969,24 +896,19 @@ def test_cached_embeddings_are_never_stale(photos, tiny, monkeypatch):
     for old, new in (("0", "x"), ("1", "0"), ("x", "1")):  # swapped: equal sizes, old times
         os.rename(img / f"{old}.bmp", img / f"{new}.bmp")
     assert torch.equal(first[[1, 0, *range(2, 12)]], embed(12))
-    clip.model.visual.conv1.weight.data.mul_(1.001)
+    for weight in clip.model.parameters():
+        weight.mul_(1.001)
     embed(12)
-    embed(0)
-    shutil.copytree(tiny / "clip", photos / "clip")
-    edit(photos / "clip/open_clip_config.json", lambda c: c["preprocess_cfg"].update(mean=[.1] * 3))
-    keys = [m.load_clip(str(f / "clip"), "", "cpu").key() for f in (tiny, tiny, photos)]
-    assert keys[0] == keys[1] != keys[2]
 
 @pytest.mark.parametrize("block", [7, 64])
 def test_mining_against_argsort(block):
-    emb, ids = np.random.default_rng(1).standard_normal((40, 8)), np.arange(40) // 2 * 10
-    got = m.mine_neighbours(torch.from_numpy(emb), torch.from_numpy(ids), k=2, skip=3, block=block)
-    rows = emb / np.linalg.norm(emb, axis=1, keepdims=True)
+    emb, ids = unit(40, 8), torch.arange(40) // 2 * 10
+    got = m.mine_neighbours(3 * emb, ids, k=2, skip=3, block=block)
     for n in range(40):
-        ranked = [other for other in np.argsort(-(rows @ rows[n])) if ids[other] != ids[n]]
+        ranked = [other for other in torch.argsort(-(emb @ emb[n])) if ids[other] != ids[n]]
         assert got[n].tolist() == ranked[3:5]
-    with pytest.raises(m.UserError, match="up to rank 5"):
-        m.mine_neighbours(torch.from_numpy(emb[:6]), torch.from_numpy(ids[:6]), k=2, skip=3)
+    with mistake("up to rank 5"):
+        m.mine_neighbours(emb[:6], ids[:6], k=2, skip=3)
 
 def test_an_epoch_visits_every_image_once():
     items = [{"captions": ["a"] * 5}] * 10 + [{"captions": ["a"]}]
@@ -1063,14 +985,8 @@ def whitespace_metrics(references, captions, **_):
 def quick(monkeypatch):
     monkeypatch.setattr(m, "language_metrics", whitespace_metrics)
 
-def to_karpathy(data, results):
-    notes = data.pop("annotations")
-    data["images"] = [{"imgid": k, "split": s, "sentences": [
-        {"raw": x["caption"]} for x in notes if x["image_id"] == k] or [{"raw": "a"}]}
-        for k, s in ((1, "train"), (2, "val"), *((k, "test") for k in REFS))]
-
 @pytest.mark.parametrize("variant", [
-    to_karpathy, lambda data, results: None,
+    lambda data, results: None,
     lambda d, r: d.update(annotations=[{"image_id": k, "caption": [
         x["caption"] for x in d["annotations"] if x["image_id"] == k]} for k in REFS]),
     lambda d, r: [x.pop("file_name") for x in d["images"]],
@@ -1088,7 +1004,7 @@ def test_formats_as_found_give_the_same_figures(gold, variant, quick, capsys):
     variant(data, results)
     for name, content in (("references", data), ("p", results)):  # utf-8-sig: byte-order mark
         (gold / f"{name}.json").write_text(json.dumps(content), "utf-8-sig")
-    assert score(gold, "--data", "karpathy" if variant is to_karpathy else "coco") == 0
+    assert score(gold) == 0
     want = whitespace_metrics(references, captions)[0]["cider"]
     assert figures(gold)["cider"] == pytest.approx(want, abs=1e-9) and figures(gold)["images"] == 5
     assert "warning" not in capsys.readouterr().out
@@ -1104,16 +1020,15 @@ def test_two_files_are_scored_on_the_images_they_share(gold, quick, capsys):
     refused(score(gold, *flags), capsys, "no image in common")
 
 @pytest.mark.parametrize("content, message", [
-    ("[{", "p.json: broken or truncated"), ({"a": 1}, "p.json: not COCO results"),
-    ([{"image_id": 1000}], "p.json: not COCO results.*caption"),
-    ([], "p.json: 5 images without a caption"),
-    (GOOD[1:], "p.json: 1 images without a caption, e.g. 1000; --allow-missing"),
-    (GOOD + [{"image_id": 5, "caption": "x"}], "p.json: image 5 is unknown"),
-    (GOOD + GOOD[:1], "p.json: image 1000 has more than one caption"),
-    ([{**GOOD[0], "caption": ["a", "b"]}, *GOOD[1:]], "p.json: image 1000 has more than one")])
+    ("[{", "broken or truncated"), ('{"a": 1}', "not COCO results"),
+    ('[{"image_id": 1000}]', "not COCO results.*caption"), ("[]", "5 images without a caption"),
+    (json.dumps(GOOD[1:]), "1 images without a caption, e.g. 1000; --allow-missing"),
+    ('[{"image_id": 5, "caption": "x"}]', "image 5 is unknown"),
+    (json.dumps(GOOD + GOOD[:1]), "image 1000 has more than one caption"),
+    ('[{"image_id": 1000, "caption": ["a", "b"]}]', "image 1000 has more than one")])
 def test_bad_results_are_refused_in_one_line(gold, content, message, capsys):
-    (gold / "p.json").write_text(content if content == "[{" else json.dumps(content))
-    refused(score(gold), capsys, message)
+    (gold / "p.json").write_text(content)
+    refused(score(gold), capsys, f"p.json: {message}")
 
 @pytest.mark.parametrize("flags, message", [
     ("--data karpathy --annotations a,b", "karpathy: one file"), ("--annotations=", "needs"),
@@ -1130,7 +1045,7 @@ def test_flags_that_cannot_work_are_refused_in_one_line(gold, flags, message, ca
     ("\u4e00\u53ea\u9ed1\u8272\u7684\u72d7", "without blanks.*put blanks"),
     ("['a', 'b']", "printed list"), ("a " * 201, "200 words"), ("a " * 200, None)])
 def test_captions_that_metrics_misread_earn_a_warning(gold, quick, capsys, file, caption, why):
-    m.write_json(gold / "p.json", GOOD[:-1] + [{"image_id": 3000, "caption": "dogs"}])
+    m.write_json(gold / "p.json", GOOD[:-1] + [{"image_id": 5000, "caption": "dogs"}])
     edit(gold / file, lambda d: (d if file == "p.json" else d["annotations"])[0].update(
         caption=caption))
     assert score(gold) == 0
@@ -1140,25 +1055,31 @@ def test_captions_that_metrics_misread_earn_a_warning(gold, quick, capsys, file,
 
 # -- 10. Commands: runs of real, tiny models -------------------------------------------------------
 
-def test_real_models_go_through_train_eval_and_caption(work, album, monkeypatch, capsys):
+def test_real_models_go_through_train_eval_and_caption(photos, tiny, monkeypatch, capsys):
     """transformers alone loads the result and says the same."""
     from transformers import AutoImageProcessor, BlipForConditionalGeneration
-    monkeypatch.chdir(work[0])
+    monkeypatch.chdir(photos)
     monkeypatch.setattr(m, "java_environment", lambda: None)
-    assert re.search("training captions: the captioner reads 64 .* 1 captions", work[1])
-    assert re.search("training captions: CLIP reads 77 .* 1 captions", work[1])
+    short_start = functools.partial(m.train_discriminator, steps=5)
+    monkeypatch.setattr(m, "train_discriminator", short_start)
+    assert m.main("train --data karpathy --annotations k.json --images img --tf-steps 2 --steps 2 "
+                  f"--captioner {tiny}/blip --clip {tiny}/clip --run run --batch-size 4 "
+                  "--num-beams 2 --device cpu".split()) == 0
+    said = capsys.readouterr().out
+    assert re.search("training captions: the captioner reads 64 .* 1 captions", said)
+    assert re.search("training captions: CLIP reads 77 .* 1 captions", said)
     model, info = BlipForConditionalGeneration.from_pretrained("run/captioner",
                                                                output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     pixels = AutoImageProcessor.from_pretrained("run/captioner")(
-        [Image.open(album / f"img/{n}.bmp") for n in (10, 11)], return_tensors="pt")
+        [Image.open(f"img/{n}.bmp") for n in (10, 11)], return_tensors="pt")
     tokens = model.eval().generate(**pixels, num_beams=2, no_repeat_ngram_size=3, max_new_tokens=50)
     theirs = bert_words().batch_decode(tokens[:, 1:], skip_special_tokens=True)
     results, before = [Path(f"run/{x}.json").read_text() for x in ("captions", "metrics")]
     assert [x["caption"] for x in json.loads(results)] == [text.strip() for text in theirs]
     assert m.main(["eval", "--run", "run", "--device", "cpu"]) == 0
     assert Path("run/metrics.json").read_text() == before and Path("run/report.png").exists()
-    assert m.main(["caption", f"{album}/img/11.bmp", "--run", "run", "--device", "cpu"]) == 0
+    assert m.main(["caption", "img/11.bmp", "--run", "run", "--device", "cpu"]) == 0
     assert f"/11.bmp: {theirs[1].strip()}\n" in capsys.readouterr().out
 
 @pytest.mark.parametrize("file, share, command", [
@@ -1166,9 +1087,9 @@ def test_real_models_go_through_train_eval_and_caption(work, album, monkeypatch,
     ("discriminator_tf.safetensors", 0, "train --resume --run"), ("config.json", 0, "eval --run"),
     ("discriminator.safetensors", .5, "eval --discriminator --run"),
     ("captioner/model.safetensors", 0, "eval --run"), ("metrics.json", .5, "compare")])
-def test_a_cut_file_of_a_run_is_one_line(work, tmp_path, file, share, command, capsys):
-    with at(work[0]):
-        spoiled = Path(shutil.copytree("run", tmp_path / "run")) / file
+def test_a_cut_file_of_a_run_is_one_line(workplace, tmp_path, file, share, command, capsys):
+    with at(workplace):
+        spoiled = Path(shutil.copytree("runs/whole", tmp_path / "run")) / file
         os.truncate(spoiled, int(share * spoiled.stat().st_size))
         refused(m.main([*command.split(), f"{tmp_path}/run"]), capsys, str(spoiled.parent))
 
@@ -1178,18 +1099,7 @@ def test_a_run_of_the_first_edition_is_refused(tmp_path, capsys):
         assert m.main([*command.split(), str(tmp_path)]) == 2
         assert "not a run of this edition" in capsys.readouterr().err
 
-# -- 11. Command line and machine ------------------------------------------------------------------
-
-def test_bf16_only_where_the_gpu_has_it(monkeypatch):
-    import accelerate
-    used = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(accelerate, "Accelerator", lambda **flags: used.append(flags))
-    for native in (False, True):  # a T4 emulates bf16
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
-                            lambda including_emulation=True: including_emulation or native)
-        m.setup_machine("")
-    assert [flags["mixed_precision"] for flags in used] == ["no", "bf16"]
+# -- 11. Command line ------------------------------------------------------------------------------
 
 def test_the_source_imports_little_and_loads_safely():
     source, imported, loads = Path(m.__file__).read_text("utf-8"), set(), []
@@ -1207,9 +1117,8 @@ def test_the_source_imports_little_and_loads_safely():
 
 # -- Appendix A. The toy world ---------------------------------------------------------------------
 
-NAMED = {"small", "little", "tiny", "large", "big", "huge", "red", "green", "blue", "yellow",
-         "pink", "circle", "square", "triangle", "cross", "white", "gray", "black", "brown",
-         "above", "over", "below", "under", "left", "right"}
+NAMED = set("small little tiny large big huge red green blue yellow pink circle square triangle "
+            "cross white gray black brown above over below under left right".split())
 
 def test_writers_tell_the_truth_with_a_budget():
     rng, n = random.Random(0), 8000
@@ -1267,14 +1176,6 @@ def test_the_oracle_tells_images_apart_by_facts_alone():
     everything = m.oracle_metrics(limits["ceiling: all facts"], [SCENE])
     assert (everything["facts"], everything["true"]) == (8, 1.)
 
-def test_drawing_shows_the_facts():
-    pixels = np.array(m.draw_scene(SCENE, random.Random(0)))
-    top = pixels[:32].reshape(-1, 3).tolist()
-    bottom = pixels[32:].reshape(-1, 3).tolist()
-    assert bottom.count([40, 80, 220]) > 2 * top.count([220, 40, 40]) > 200  # large, small
-    assert top.count([40, 80, 220]) == bottom.count([220, 40, 40]) == 0
-    assert (top + bottom).count([150, 150, 150]) > 2000
-
 # -- Appendix B. OFA -------------------------------------------------------------------------------
 
 OFA_SMALL = {"model_type": "ofa", "vocab_size": 101, "d_model": 32, "encoder_layers": 2,
@@ -1284,18 +1185,15 @@ OFA_SMALL = {"model_type": "ofa", "vocab_size": 101, "d_model": 32, "encoder_lay
 OFA_QUESTIONS = [[0, 17, 42, 5, 63, 80, 9, 24, 11, 71, 33, 2], [0, 17, 42, 5, 63, 80, 9, 2]]
 OFA_ROWS = [[0, 10, 35, 28, 15, 10, 41, 77, 90, 6, 52, 2],
             [0, 55, 82, 98, 11, 29, 4, 2, 1, 1, 1, 1]]
-OFA_LOGITS = {0: -1.931303641, 441: 0.5541735233, 881: -1.337057413, 1322: 1.19044566,
-              1762: -0.8359015714, 1982: 1.330062079, 2203: 1.367316633, 2423: -0.3607906147}
+OFA_LOGITS = {0: -1.931303641, 441: 0.5541735233, 1322: 1.19044566, 2423: -0.3607906147}
 OFA_CAPTIONS = {1: [[0, 94, 92, 94, 27, 2], [0, 94, 92, 75, 52, 21, 75, 39, 5, 39, 5, 82, 2]],
                 5: [[0, 94, 92, 92, 99, 90, 99, 39, 5, 51, 92, 51, 2],
                     [0, 94, 92, 75, 5, 39, 5, 82, 5, 51, 5, 39, 2]]}  # by number of beams
 OFA_GRADIENTS = {"encoder.embed_tokens.weight": 1.94653889,
                  "encoder.embed_images.layer3.5.bn3.bias": 0.06954649486,
                  "encoder.layers.0.self_attn.c_attn": 0.4522510679,
-                 "encoder.token_rel_pos_table_list.1.weight": 0.007234121817,
                  "encoder.image_rel_pos_table_list.0.weight": 0.01541780491,
-                 "decoder.cross_pos_k_linear.weight": 0.1947098346,
-                 "decoder.token_rel_pos_table_list.0.weight": 0.07719066707}
+                 "decoder.cross_pos_k_linear.weight": 0.1947098346}
 
 def small_ofa(**changes):
     """The original's weights: numpy's frozen stream, seeded by an entry's name, scaled by kind."""
@@ -1358,105 +1256,74 @@ def test_ofa_tiny_has_the_papers_size():
     copies = 2 * 59457 * 256 + sum(x.numel() for name, x in state.items() if "running" in name)
     assert sum(x.numel() for x in state.values()) - copies == 33_488_336
 
-def test_ofa_samples_from_p_and_log_prob_is_what_it_assigned(monkeypatch):
+@torch.no_grad()
+def test_ofa_log_prob_is_what_sampling_assigned(monkeypatch):
     captioner, images = small_ofa()
     captioner.eval().max_new_tokens = 20
     seen, decode = [], m.OFACaptioner.decode
     monkeypatch.setattr(m.OFACaptioner, "decode",
                         lambda *a: seen.append(decode(*a)) or seen[-1].clone())
-    with torch.no_grad():
-        states = captioner.encode(images)
-        tokens = captioner.generate(states, sample=True)
-        words = tokens[:, 1:]
-        assigned = torch.cat(seen, 1).log_softmax(-1).gather(2, words[..., None])[..., 0]
-        want = (assigned * (words != 1)).sum(1) / (words != 1).sum(1)
-        assert torch.allclose(captioner.log_prob(states, tokens), want, atol=1e-5)
-        captioner.max_new_tokens = 1
-        states = captioner.encode(images[:1].expand(4000, -1, -1, -1)[:1])
-        memory, at = states
-        many = [(k.repeat(4000, 1, 1, 1), v.repeat(4000, 1, 1, 1)) for k, v in memory]
-        first = captioner.generate((many, at), sample=True)[:, 1].bincount(minlength=101)
-        p = seen[-1][0, 0].softmax(-1)
-        assert (first / 4000 - p).abs().max() < 4 * (p.max() / 4000) ** .5
+    states = captioner.encode(images)
+    tokens = captioner.generate(states, sample=True)
+    words = tokens[:, 1:]
+    assigned = torch.cat(seen, 1).log_softmax(-1).gather(2, words[..., None])[..., 0]
+    want = (assigned * (words != 1)).sum(1) / (words != 1).sum(1)
+    assert torch.allclose(captioner.log_prob(states, tokens), want, atol=1e-5)
 
 def test_ofa_freezes_batchnorm_and_decodes_without_dropout():
     captioner, images = small_ofa(dropout=.5)
-    captioner.train()
-    before = {k: x.clone() for k, x in captioner.state_dict().items() if "running" in k}
-    trunk, images = captioner.encoder.embed_images, torch.randn(3, 3, 64, 64)
+    trunk = captioner.train().encoder.embed_images
     assert torch.allclose(trunk(images)[:1], trunk(images[:1]), atol=1e-4)
-    assert all(torch.equal(x, captioner.state_dict()[k]) for k, x in before.items()) and before
     states = captioner.encode(images)
     assert torch.equal(*(captioner.generate(states, num_beams=2) for _ in range(2)))
     assert captioner.decoder.training  # and trains on as before
 
-def ofa_folder(folder, words, size=700, **changes):
-    """A random small OFA as published ones lie in a folder; words: what its vocabulary knows."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    pieces, merges = sorted(ByteLevel.alphabet()), []
-    for name in sorted(word.replace(" ", "\u0120") for word in words)[::-1]:  # blanks merge first
-        for k in range(2, len(name) + 1):
-            if name[:k] not in pieces:
-                pieces.append(name[:k])
-                merges.append(f"{name[:k - 1]} {name[k - 1]}\n")
-    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *pieces]
-    names += [f"unused{k}" for k in range(len(names), size)]
-    config = OFA_SMALL | {"vocab_size": size} | changes
+def ofa_folder(folder, text, **changes):
+    """A random small OFA as published ones lie in a folder; text: words that it knows."""
+    from tokenizers import ByteLevelBPETokenizer
+    folder.mkdir(exist_ok=True)
+    words, special = ByteLevelBPETokenizer(), ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    words.train_from_iterator([text], min_frequency=1, special_tokens=special)
+    words.save_model(str(folder))
+    config = OFA_SMALL | {"vocab_size": 700} | changes
+    m.write_json(folder / "config.json", config)
     state = m.OFACaptioner(config, lambda text: {"input_ids": [0, 2]}).state_dict()
     state["decoder.image_position_idx"] = torch.arange(9)  # published ones have such tables
-    folder.mkdir(exist_ok=True)
-    m.write_json(folder / "vocab.json", {name: k for k, name in enumerate(names)})
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(merges))
-    m.write_json(folder / "config.json", config)
     torch.save(state, folder / "pytorch_model.bin")
     return state
 
-def test_ofa_tokenizes_like_the_original(tmp_path):
+def test_ofa_saves_loads_and_tokenizes_like_the_original(tmp_path):
     """The question begins with a blank, captions do not; codes of images are no text."""
-    words = " what, does, the, image, describe,what, a, man, riding, horse".split(",")
-    ofa_folder(tmp_path, words, vocab_size=720)
-    captioner, ids = m.load_ofa(tmp_path), json.loads((tmp_path / "vocab.json").read_text())
-
-    def row(pieces):
-        return [0, *(ids[piece.replace("_", "\u0120")] for piece in pieces.split()), 2]
-
-    assert captioner.question.tolist() == row("_what _does _the _image _describe ?")
-    for text, pieces in (
-            ("what does the image describe?", "what _does _the _image _describe ?"),
-            ("A man, riding a horse.", "A _man , _riding _a _horse .")):
-        assert captioner.tokenize([text]).tolist() == [row(pieces)]
-        assert captioner.detokenize(torch.tensor([row(pieces) + [1]])) == [text]
-    assert captioner.detokenize(torch.tensor([[0, ids["a"], 700, 719, 2]])) == ["a"]
-
-def test_ofa_saves_and_loads(tmp_path):
-    state = ofa_folder(tmp_path / "hub", ["two", " shapes"])
-    pixels = torch.randn(2, 3, 64, 64)
+    text, pixels = "A man, riding a horse.", torch.randn(2, 3, 64, 64)
+    state = ofa_folder(tmp_path / "hub", f"{text} what does the image describe?")
     captioner = m.load_ofa(tmp_path / "hub").eval()
     (tmp_path / "run").mkdir()
     captioner.save(tmp_path / "run")
     again = m.load_ofa(tmp_path / "run").eval()
+    ids = json.loads((tmp_path / "hub/vocab.json").read_text())
+    question, caption = [[0, *(ids[piece] for piece in pieces.replace("_", "\u0120").split()), 2]
+                         for pieces in ("_what _does _the _image _describe ?",
+                                        "A _man , _riding _a _horse .")]
     for one in (captioner, again):
         assert all(torch.equal(x, state[k]) for k, x in one.state_dict().items())
+        assert one.question.tolist() == question and one.tokenize([text]).tolist() == [caption]
+        assert one.detokenize(torch.tensor([[*caption, 1, 698, 699]])) == [text]
     assert torch.equal(*(x.generate(x.encode(pixels), num_beams=2) for x in (captioner, again)))
-    assert again.detokenize(again.tokenize(["two shapes"])) == ["two shapes"]
     assert again.config == captioner.config and again.config["model_type"] == "ofa"
     assert captioner.prepare(Image.new("RGB", (90, 30), "white")).unique().tolist() == [1.]
     assert captioner.prepare(Image.new("RGB", (90, 30))).shape == (3, 64, 64)
 
 def test_ofa_names_what_is_wrong_with_a_folder(tmp_path):
-    state, file = ofa_folder(tmp_path, ["ab"]), tmp_path / "pytorch_model.bin"
+    state = ofa_folder(tmp_path, "ab")
     fairseq = {k.replace("cross_attn", "encoder_attn"): x for k, x in state.items()}
     for broken, message in (
             ({"model": state, "args": types.SimpleNamespace(a=1)}, "weights_only"),
             (state | {"encoder.pos_ln.bias": torch.ones(3)}, "encoder.pos_ln.bias.*shape"),
             (fairseq, r"missing \['decoder.layers.0.cross_attn.*unexpected \['dec.*encoder_attn")):
-        torch.save(broken, file)
+        torch.save(broken, tmp_path / "pytorch_model.bin")
         with mistake(f"{tmp_path}.*{message}"):
             m.load_captioner(str(tmp_path))
-    ofa_folder(tmp_path, ["ab"], size=701, vocab_size=700)  # more words than rows
-    with mistake("vocab.*merges"):
-        m.load_captioner(str(tmp_path))
-    (tmp_path / "vocab.json").unlink()
+    ofa_folder(tmp_path, "ab", vocab_size=99)  # more words than rows
     with mistake("vocab.*merges"):
         m.load_captioner(str(tmp_path))
 
@@ -1618,12 +1485,9 @@ def test_the_discriminator_can_be_copied_and_learns():
 def test_retrieval_and_self_bleu_can_be_copied():
     mine = copied(m.retrieval, m.expected_recall, m.self_bleu, Counter=Counter, math=math)
     i, noise = np.random.RandomState(0).randn(2, 30, 8)  # vectors of any length
-    t = 5 * i + 4 * noise
-    means, each = mine.retrieval(t, i)
-    cosine = t @ (i / np.linalg.norm(i, axis=1, keepdims=True)).T  # of each caption, times a factor
+    cosine = (i + noise) @ (i / np.linalg.norm(i, axis=1, keepdims=True)).T  # times each length
     ranks = [1 + int((row > row[n]).sum()) for n, row in enumerate(cosine)]
-    assert each["t2i_rank"].tolist() == ranks and len(set(ranks)) > 3
-    assert means["t2i_r5"] == pytest.approx(np.mean([rank <= 5 for rank in ranks]))
+    assert mine.retrieval(i + noise, i)[1]["t2i_rank"].tolist() == ranks and len(set(ranks)) > 3
     # "a b" against itself: precisions 1, 1 and three times .1 by smoothing method 1
     assert mine.self_bleu(["a b", "a b"]) == pytest.approx(.1 ** .6)
 
