@@ -433,8 +433,8 @@ import os, signal, sys
 import distcap as m
 m.java_environment = m.draw_report = lambda *_: None
 write_log = m.write_log
-def and_die(log, stage, step, info):
-    write_log(log, stage, step, info)
+def and_die(run, stage, step, info, accelerator):
+    write_log(run, stage, step, info, accelerator)
     if os.environ["DIES_AT"] == f"{stage} {step}":
         os.kill(os.getpid(), signal.SIGKILL)
 m.write_log = and_die
