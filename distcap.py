@@ -102,7 +102,8 @@ class UserError(ValueError):
 #   images     (Q,D)  the pool I         own_image  (B,Q)  True: this entry is the caption's image
 #   tau        ()     temperature, in units of cosine
 #
-# Every row of t, i, greedy, texts and images must have unit norm, so that t.i is a cosine.
+# Every row of t, i, greedy, texts and images must have unit norm, so that t.i is a cosine. Without
+# own_text and own_image a caption is its own rival, and every reward is about 0.
 #
 # A worked example, tau = .01. The pool T holds three captions, the pool I two images; cosines:
 #
@@ -191,15 +192,16 @@ def caption_log_prob(logits, tokens, pad):
 
     logits (B,L,V) predict tokens (B,L). tokens holds no start token; the end token counts, `pad`
     does not. So more padding on the right changes nothing. `pad` must not be the end token, as it
-    is in GPT-2: no caption would learn to end.
+    is in GPT-2: no caption would learn to end. ValueError: shapes that do not fit.
     """
     # A mean where the formula has a sum, after the released code: a token of a long caption counts
     # for less. DEPARTS 2: the mean is over a caption's own tokens. The released code divides by the
     # padded length (255 for GT), which would shrink WTF about 15 times.
-    real = tokens != pad  # (B,L)
-    nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")  # (BL,)
-    log_p = (-nll).view_as(tokens).masked_fill(~real, 0.)  # (B,L)
-    return log_p.sum(1) / real.sum(1).clamp(min=1)  # (B,)
+    if logits.shape[:2] != tokens.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} for tokens {tuple(tokens.shape)}")
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), ignore_index=pad,
+                          reduction="none").view_as(tokens)  # (B,L), 0 at pads
+    return -nll.sum(1) / (tokens != pad).sum(1).clamp(min=1)  # (B,)
 
 def policy_gradient_loss(log_p, reward):
     """- mean r(x) log p(x), a mean over captions. log_p, reward (B,) -> (). Source: slides.
@@ -274,7 +276,7 @@ def discriminator_loss(discriminator, i, t_gt, t_generated):
     on_generated = discriminator(i, t_generated)  # (B,2)
     logits = torch.cat([on_gt, on_generated]).float()  # (2B,2)
     label = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # (2B,)
-    label[:len(i)] = 1
+    label[:len(on_gt)] = 1
     accuracy = (logits.argmax(-1) == label).float().mean()  # ()
     return F.cross_entropy(logits, label), accuracy
 
@@ -346,12 +348,13 @@ def corrupt(caption, how, other, rng):
 #     encode(pixels (B,3,h,w)) -> states       whatever the other two read
 #     generate(states, num_beams=1, sample=False) -> tokens (B,L)    top beam, greedy or a sample
 #     log_prob(states, tokens) -> (B,)         by caption_log_prob, with gradient
+#     tokens begin with the captioner's start tokens, if it has some; log_prob leaves them out
 #     tokenize(list of B str) -> tokens (B,L)  detokenize(tokens) -> list of B str
 #   clip (section 7):
 #     encode_texts(list of n str) -> (n,D)     unit norm, no gradient
-#   bank, of all N training images, to find rivals in:
+#   bank, a dict of all N training images, to find rivals in:
 #     emb (N,D) CLIP embeddings, unit norm; ids (N,) image ids; near (N,K) rows of mined neighbours
-#   batch of B images:
+#   batch, a dict of B images, none of them twice (their captions would be rivals):
 #     rows (B,) their rows in the bank; pixels (B,3,h,w); captions: B GT captions; t_gt (B,D) theirs
 
 def reward_pools(t_policy, t_greedy, t_gt, rows, bank, gather=lambda x: x, rank=0):
@@ -388,6 +391,8 @@ def reward_pools(t_policy, t_greedy, t_gt, rows, bank, gather=lambda x: x, rank=
     if t_gt is not None:
         own_column_gt = my_places + len(blocks) * len(all_rows)
         blocks.append(gather(t_gt))
+    if any(len(block) != len(all_rows) for block in blocks):
+        raise ValueError("reward_pools: one caption of each kind an image")
     texts = torch.cat(blocks)  # (P,D)
     column = torch.arange(len(texts), device=rows.device)  # (P,)
     own_policy = column == own_column_policy[:, None]  # (B,P)
@@ -400,7 +405,7 @@ def reward_pools(t_policy, t_greedy, t_gt, rows, bank, gather=lambda x: x, rank=
     pool = torch.cat([all_rows, mined]).unique()  # (Q,) rows of the bank
     images = bank["emb"][pool].float()  # (Q,D)
     for emb in (texts, images):
-        if ((emb.float().norm(dim=-1) - 1).abs() > .01).any():
+        if not ((emb.float().norm(dim=-1) - 1).abs() < .01).all():
             raise ValueError("captions and images: rows must have unit norm; see F.normalize")
     own_image = bank["ids"][rows][:, None] == bank["ids"][pool]  # (B,Q)
     return texts, images, own_policy, own_gt, own_image
@@ -430,6 +435,8 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
     rows = batch["rows"]  # (B,)
     i = bank["emb"][rows].float()  # (B,D)
     t_gt = batch["t_gt"]  # (B,D)
+    if not ((t_gt.float().norm(dim=-1) - 1).abs() < .01).all():
+        raise ValueError("t_gt: rows must have unit norm; see F.normalize")
     generates = rl_weight > 0
     # As the baseline of the similarity reward, or as a rival in T.
     needs_greedy = reward == "similarity" or (generates and greedy_in_pool)
@@ -443,8 +450,10 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
             # mode. decode="sample" draws from p, which makes this REINFORCE proper.
             if decode == "beam":
                 policy = captioner.generate(states, num_beams=num_beams)  # (B,L)
-            else:
+            elif decode == "sample":
                 policy = captioner.generate(states, sample=True)  # (B,L)
+            else:
+                raise ValueError(f"decode: {decode!r} is neither beam nor sample")
         if needs_greedy:
             greedy = captioner.generate(states)  # (B,L)
 
@@ -474,14 +483,14 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
     r_sim_gt = r_sim(t=t_gt, own_text=own_gt, **same_for_both)  # (B,)
     r_regu_gt = human_probability(discriminator, i, t_gt)  # (B,)
     r_gt = regularised_reward(r_sim_gt, r_regu_gt, alpha)  # (B,)
-    info = {"r_sim_gt": r_sim_gt.mean(), "r_gt": r_gt.mean(), "log_p_gt": log_p_gt.mean()}
+    info = {"r_sim_gt": r_sim_gt.mean(), "r_gt": r_gt.mean(), "log_p_gt": log_p_gt.detach().mean()}
     if generates:
         r_sim_policy = r_sim(t=t_policy, own_text=own_policy, **same_for_both)  # (B,)
         r_regu_policy = human_probability(discriminator, i, t_policy)  # (B,)
         r_policy = regularised_reward(r_sim_policy, r_regu_policy, alpha)  # (B,)
         info["r_sim_policy"] = r_sim_policy.mean()
         info["r_policy"] = r_policy.mean()
-        info["log_p_policy"] = log_p_policy.mean()
+        info["log_p_policy"] = log_p_policy.detach().mean()
     if center_reward:
         # DEPARTS 5: rewards are mostly negative, and every caption would be pushed down until its
         # grammar is gone. So the mean reward of the captioner's own captions (in WTF alone, of the
@@ -519,14 +528,13 @@ def tf_step(batch, captioner, autocast=contextlib.nullcontext):
         gt = captioner.tokenize(batch["captions"]).to(batch["pixels"].device)  # (B,L)
         log_p = captioner.log_prob(states, gt)  # (B,)
     loss = policy_gradient_loss(log_p, torch.ones_like(log_p))  # ()
-    return loss, {"log_p_gt": log_p.mean()}
+    return loss, {"log_p_gt": log_p.detach().mean()}
 
 # ==================================================================================================
 # 5. Training
 # ==================================================================================================
 # Stage 1 teaches the captioner by teacher forcing, stage 2 gives the discriminator its start,
 # stage 3 is the paper: RL with a regularised reward. `accelerator` is Hugging Face accelerate's.
-# Two loops, alike in their frame: read a batch, make the step, average, log, keep a checkpoint.
 #
 # Several processes hold a copy of the captioner each and a share of every batch. After backward()
 # they average their gradients (`update`), so they make the step of one process with the whole
@@ -571,7 +579,7 @@ def whole_batch_means(infos, accelerator):
     """
     means = {}
     for name in infos[0]:
-        mine = torch.stack([info[name].detach() for info in infos]).mean()  # ()
+        mine = torch.stack([info[name] for info in infos]).mean()  # ()
         means[name] = accelerator.reduce(mine, reduction="mean").item()
     return means
 
@@ -600,14 +608,16 @@ def train_tf(captioner, images, plan, validate, *, run, accelerator, steps, lr, 
         rate = learning_rate(step, steps, lr, warmup)
         info["grad_captioner"] = update(captioner, optimizer, rate, accelerator, largest_norm=1.)
         if (step + 1) % eval_every == 0:
-            info["val"] = validate(f"TF step {step + 1}")
+            info.update(validate(f"TF step {step + 1}"))
         write_log(run, "tf", step + 1, info, accelerator)
         bar.set_postfix({"log p": f"{info['log_p_gt']:.3f}"})
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
             save_checkpoint(run, "tf", step + 1, parts, accelerator)
 
 def train_discriminator(discriminator, i, t_gt, t_generated, steps=1000, lr=1e-3, batch_size=256):
-    """Stage 2: GT captions against captions after TF, or against broken ones. i, t_* (n,D).
+    """Stage 2: GT captions against captions after TF, or against broken ones.
+
+    i, t_gt, t_generated (n,D): row k of all three is about one image.
 
     paper: the discriminator starts pre-trained. How long and on what is not known.
     """
@@ -658,7 +668,7 @@ def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, ru
             info["grad_discriminator"] = update(discriminator, disc_optimizer, disc_lr, accelerator)
         info["seconds"] = time.perf_counter() - began
         if (step + 1) % eval_every == 0 or step + 1 == steps:
-            info["val"] = validate(f"RL step {step + 1}")
+            info.update(validate(f"RL step {step + 1}"))
         write_log(run, "rl", step + 1, info, accelerator)
         shown = ("r_policy", "r_gt", "log_p_policy", "d_accuracy")
         bar.set_postfix({name: f"{info[name]:.3f}" for name in shown if name in info})
@@ -673,13 +683,12 @@ def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, ru
 #   does the caption find its image?      retrieval, under the reward's CLIP and under others; a
 #                                         gain under the reward's CLIP alone is reward hacking
 #   does it fit the image by itself?      CLIPScore
-#   does it read as a human's?            BLEU, ROUGE-L, CIDEr, METEOR, SPICE against references.
-#                                         They punish details that no reference has, so they fall
-#                                         when captions become distinctive (CIDEr 109 to 76 in the
-#                                         paper), and further when the grammar goes (41)
+#   does it read as a human's?            BLEU, ROUGE-L, CIDEr, METEOR, SPICE against references,
+#                                         which punish details that no reference has: in the paper
+#                                         CIDEr falls from 109 to 76
 #   do the captions differ?               Self-BLEU and diversity
 #
-# Of the toy world every fact is known; oracle_metrics of appendix A asks whether captions are true.
+# In the toy world oracle_metrics (appendix A) asks besides whether captions are true.
 
 def expected_recall(scores, own, tie=1e-6):
     """Recall at 1, 5, 10; candidates that tie share the hit: two alike count 1/2 each.
@@ -707,11 +716,12 @@ def retrieval(t, i, block=1024):
 
     t, i (N,D), tensors or NumPy arrays with rows of any norm: caption n belongs to image n.
     -> {name: float}, and {name: (N,)} per query, with t2i_rank and i2t_rank.
-    Never N x N at a time: `block` queries. ValueError: another number of captions than of images.
+    Never N x N at a time: `block` queries. No image may come twice: copies share the hit.
+    ValueError: another number of captions than of images.
     """
     if len(t) != len(i) or len(t) == 0:
         raise ValueError(f"retrieval: {len(t)} captions for {len(i)} images; give one caption an "
-                         "image, five captions an image in five calls")
+                         "image, and five captions an image in five calls")
     t = F.normalize(torch.as_tensor(t).float(), dim=-1)
     i = F.normalize(torch.as_tensor(i).float(), dim=-1)
     each = {}
@@ -741,28 +751,24 @@ def self_bleu(captions, n=5, epsilon=.1):
     for words in sentences:
         counts = Counter()
         for m in range(1, n + 1):
-            for k in range(len(words) - m + 1):
-                counts[tuple(words[k:k + m])] += 1
+            counts.update(tuple(words[k:k + m]) for k in range(len(words) - m + 1))
         grams.append(counts)
-    # BLEU caps an n-gram's count by its largest count in the OTHER captions. With the largest and
-    # the second largest of all, and who has the largest, that is one look-up: exact, and linear in
-    # the number of captions.
-    largest, owner, second = Counter(), {}, Counter()
-    for c, counts in enumerate(grams):
+    # BLEU caps an n-gram's count by its largest count in the OTHER captions. That is the largest of
+    # all or, for the caption that has the largest, the second largest: exact, and linear in the
+    # number of captions. (Where two captions share the largest, the second largest equals it.)
+    two_largest = {}
+    for counts in grams:
         for gram, count in counts.items():
-            if count > largest[gram]:
-                second[gram] = largest[gram]
-                largest[gram] = count
-                owner[gram] = c
-            elif count > second[gram]:
-                second[gram] = count
-    lengths = Counter(len(words) for words in sentences)
+            three = [*two_largest.get(gram, [0, 0]), count]
+            two_largest[gram] = sorted(three)[1:]
+    lengths = Counter(map(len, sentences))
     total = 0.
-    for c, counts in enumerate(grams):
-        size = len(sentences[c])
+    for words, counts in zip(sentences, grams):
+        size = len(words)
         hits = Counter()  # {length of the n-gram: matches}
         for gram, count in counts.items():
-            others = second[gram] if owner[gram] == c else largest[gram]
+            second, first = two_largest[gram]
+            others = second if count == first else first
             hits[len(gram)] += min(count, others)
         if not hits[1]:
             continue  # no word in common: BLEU is 0 by definition
@@ -771,10 +777,8 @@ def self_bleu(captions, n=5, epsilon=.1):
             possible = max(1, size - m + 1)
             log_precision += math.log(max(hits[m], epsilon) / possible) / n
         # The brevity penalty asks for the closest length among the others, the shorter of two.
-        lengths[size] -= 1
-        others = [length for length in lengths if lengths[length]]
+        others = lengths - Counter([size])  # only what is above zero stays
         closest = min(others, key=lambda length: (abs(length - size), length))
-        lengths[size] += 1
         brevity = min(0., 1 - closest / size)
         total += math.exp(brevity + log_precision)
     return total / len(sentences)
@@ -955,6 +959,8 @@ class Captioner(nn.Module):
     def log_prob(self, states, tokens):
         """log p of what follows the start tokens. tokens (B,T) -> (B,), with gradient."""
         first = len(self.start)
+        if tokens[:, :first].tolist() != [self.start] * len(tokens):
+            raise ValueError(f"log_prob: each row must begin with the start tokens {self.start}")
         logits = self.logits(states, tokens)[:, first - 1:]  # (B,T-first,V)
         return caption_log_prob(logits, tokens[:, first:], self.pad)
 
@@ -1001,10 +1007,13 @@ class BlipCaptioner(Captioner):
 
     def __init__(self, model, tokenizer, image_processor, no_repeat_ngram=3, max_new_tokens=50):
         """The three as transformers loads them; speed_up(model) of appendix C may come before."""
+        from transformers import GenerationConfig
         text = model.config.text_config
         # As in transformers' own generate() for BLIP: rows begin with BOS and end with SEP.
         super().__init__(tokenizer, [text.bos_token_id], text.sep_token_id, text.pad_token_id,
                          min(text.max_position_embeddings, 128), no_repeat_ngram, max_new_tokens)
+        # A checkpoint may bring settings of its own (beams, sampling), which generate() would mix in.
+        model.text_decoder.generation_config = GenerationConfig()
         self.model, self.image_processor = model, image_processor
 
     @property
@@ -1041,6 +1050,10 @@ class BlipCaptioner(Captioner):
         for part in (self.model, self.tokenizer, self.image_processor):
             part.save_pretrained(folder)
 
+def square_pixels(image, side):
+    """PIL RGB image -> (3,side,side) in -1 .. 1, resized by bicubic interpolation."""
+    return torch.from_numpy(np.array(image.resize((side, side)))).permute(2, 0, 1) / 127.5 - 1
+
 def process_image(image_processor, image):
     """A transformers image processor on one PIL image -> (3,h,w)."""
     return image_processor(image, return_tensors="pt")["pixel_values"][0]
@@ -1050,10 +1063,8 @@ def load_blip(folder):
 
     UserError: a weight that the files lack, or parts that do not fit each other.
     """
-    from PIL import Image
     from transformers import BlipForConditionalGeneration, BlipProcessor
     processor = BlipProcessor.from_pretrained(folder)
-    # Other formats of weights may run code when they are opened.
     model, found = BlipForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     missing = sorted(found["missing_keys"])
@@ -1061,13 +1072,10 @@ def load_blip(folder):
         raise UserError(f"the weights lack {len(missing)} parameters, first {missing[:3]}: a BLIP "
                         "of another kind? take one for captioning")
     text, tokenizer = model.config.text_config, processor.tokenizer
-    pixels = process_image(processor.image_processor, Image.new("RGB", (64, 64)))  # (3,h,w)
     side = model.config.vision_config.image_size
-    # A wrong size would stop the first step, a wrong id nothing: captions would never end, or log p
-    # would count pads.
-    made = {"image": list(pixels.shape[1:]), "pad id": tokenizer.pad_token_id,
+    made = {"image": processor.image_processor.size["height"], "pad id": tokenizer.pad_token_id,
             "sep id": tokenizer.sep_token_id}
-    read = {"image": [side, side], "pad id": text.pad_token_id, "sep id": text.sep_token_id}
+    read = {"image": side, "pad id": text.pad_token_id, "sep id": text.sep_token_id}
     if made != read:
         raise UserError(f"the processor makes {made}, the model reads {read}; take both from one "
                         "model")
@@ -1249,18 +1257,17 @@ def clean_captions(value, where):
     text = " ".join(text.split())
     return [text] if text else []
 
-UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{4}")
+UNSPACED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{4}"
 
 def warn_about(captions, source):
     """One line for each kind of caption that metrics take for something else. captions: [str]."""
-    for why, found in (
-            ("look like printed lists; one caption a string, please",
-             [c for c in captions if re.fullmatch(r"\[\s*['\"].*['\"]\s*\]", c)]),
-            ("are of a script without blanks, which every metric takes for one word: put blanks "
-             "between words first (for Chinese e.g. with jieba)",
-             [c for c in captions if UNSPACED.search(c)]),
-            ("have more than 200 words; METEOR may fail",
-             [c for c in captions if len(c.split()) > 200])):
+    odd = {
+        "look like printed lists; one caption a string, please": r"\[\s*['\"].*['\"]\s*\]$",
+        "are of a script without blanks, which every metric takes for one word: put blanks "
+        "between words first (for Chinese e.g. with jieba)": f".*{UNSPACED}",
+        "have more than 200 words; METEOR may fail": r"(\S+\s){200}"}
+    for why, pattern in odd.items():
+        found = [caption for caption in captions if re.match(pattern, caption)]
         if found:
             print(f"warning: {source}: {len(found)} captions {why}, e.g. {found[0][:60]!r}")
 
@@ -1329,9 +1336,9 @@ def load_coco(paths, image_dirs=(), only=None):
     A file's name tells its split: captions_train2017.json. only: the split of a single file, whose
     name then does not matter. With no test file, val is the test set too, and a line says so.
     """
-    from pycocotools.coco import COCO
     if len(image_dirs) not in (0, 1, len(paths)):
         raise UserError(f"--images: {len(image_dirs)} folders for {len(paths)} annotation files")
+    form = "COCO captions; --data karpathy reads dataset_*.json"
     splits = {}
     for k, path in enumerate(paths):
         # A letter before it rules a match out: "latest" and "constrain" are no splits.
@@ -1340,19 +1347,14 @@ def load_coco(paths, image_dirs=(), only=None):
             found = [only]
         if len(found) != 1:
             raise UserError(f"{path}: the file name must hold one of train, val, test")
-        data = read_json(path, "COCO captions; --data karpathy reads dataset_*.json")
-        with explained(path, "not COCO captions; --data karpathy reads dataset_*.json"):
+        data = read_json(path, form)
+        with explained(path, f"not {form}"):
+            captions = {}
+            for note in data["annotations"]:
+                captions.setdefault(as_id(note["image_id"]), []).append(note["caption"])
             for image in data["images"]:
-                image["id"] = as_id(image["id"])
-            for number, note in enumerate(data["annotations"]):
-                note["id"], note["image_id"] = number, as_id(note["image_id"])
-            coco = COCO()
-            coco.dataset = data
-            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-                coco.createIndex()
-            for image in data["images"]:
-                captions = [note["caption"] for note in coco.imgToAnns[image["id"]]]
-                item = {"image_id": image["id"], "file": None, "captions": captions}
+                number = as_id(image["id"])
+                item = {"image_id": number, "file": None, "captions": captions.get(number, [])}
                 if image_dirs and "file_name" in image:
                     folder = image_dirs[min(k, len(image_dirs) - 1)]
                     item["file"] = os.path.abspath(os.path.join(folder, image["file_name"]))
@@ -1428,12 +1430,12 @@ def cached_rows(clip, things, compute, label, folder="data/cache", chunk=8192):
     key, parts = clip.key(), []
     Path(folder).mkdir(parents=True, exist_ok=True)
     for start in tqdm(range(0, len(things), chunk), label, disable=len(things) <= chunk):
-        some, rows = things[start:start + chunk], None
+        some = things[start:start + chunk]
         digest = hashlib.sha256(json.dumps([key, some]).encode()).hexdigest()[:32]
         path = Path(folder) / f"{digest}.pt"
-        if path.exists():
-            with contextlib.suppress(Exception):  # damaged: computed again
-                rows = torch.load(path, weights_only=True)
+        rows = None
+        with contextlib.suppress(Exception):  # not there yet, or damaged
+            rows = torch.load(path, weights_only=True)
         if rows is None:
             rows = compute(some).half().cpu()
             write_atomically(path, functools.partial(torch.save, rows))
@@ -1588,8 +1590,9 @@ def generate_captions(captioner, items, accelerator, label, *, num_beams, batch_
 #   captions_tf.json, captions.json                    of the test images, as COCO results
 #   metrics.json, report.png                           their scores, the picture
 #
-# Each stage looks whether what it makes is there already: so --resume skips it, and --start takes
-# it from another run. Captions are scored from their files, however they came about (score_files).
+# Each stage looks whether what it makes is there already: so --resume skips it, and --start copies
+# it from another run first. Captions are scored from their files, however they came about
+# (score_files).
 
 def train(args):
     """`distcap.py train`: teacher forcing, the discriminator's start, RL, report. All resume."""
@@ -1600,7 +1603,7 @@ def train(args):
                 "workers": args.workers}
     # The main process comes first, so the others find the files that it makes.
     with accelerator.main_process_first():
-        splits, clip, emb, text_emb, judges = prepare(args, device)
+        splits, clip, emb, text_emb, judges = load_everything(args, device)
     # Rows of the bank and of a batch are places in the training split. An item is one image here,
     # so its row serves as id; with several items an image, give those equal ids.
     ids = torch.arange(len(splits["train"]), device=device)
@@ -1615,21 +1618,21 @@ def train(args):
               "grad_accum": args.grad_accum, "checkpoint_every": args.checkpoint_every,
               "workers": args.workers}
 
+    # It reads `captioner` when it is called: in RL that is the one loaded again after stage 1.
     def validate(stage):
         items = splits["val"][:args.eval_images]
         found = generate_captions(captioner, items, accelerator, "validation", **decoding)
         judge = {"": (clip, emb["val"][:len(items)])}
         metrics, _, _ = evaluate(found, items, judge, language=False)
-        if accelerator.is_main_process:
-            tqdm.write(f"{stage}: R@1 {metrics['t2i_r1']:.3f} to image, "
-                       f"{metrics['i2t_r1']:.3f} to text; two captions and what a human wrote:")
-            for k in (0, len(items) // 2):
-                tqdm.write(f"  {found[k]}   ({items[k]['captions'][0]})")
+        tqdm.write(f"{stage}: R@1 {metrics['t2i_r1']:.3f} to image, {metrics['i2t_r1']:.3f} to "
+                   "text; two captions and what a human wrote:")
+        for k in (0, len(items) // 2):
+            tqdm.write(f"  {found[k]}   ({items[k]['captions'][0]})")
         return metrics
 
     # Stage 1: the generic captioner that RL starts from. It is loaded again from its folder, so
     # that a run that trained it and one that found it go on from the same bits.
-    tf_folder = found_in(run, args.start, "captioner_tf")
+    tf_folder = run / "captioner_tf"
     if args.tf_steps and not tf_folder.exists():
         plan = batch_plan(images.items, args.batch_size, seed, args.tf_steps * args.grad_accum)
         torch.manual_seed(seed + accelerator.process_index)
@@ -1645,7 +1648,7 @@ def train(args):
     # Stage 2: the discriminator's start.
     torch.manual_seed(seed)
     discriminator = Discriminator(clip.dim, args.regulariser == "discriminator").to(device)
-    path = found_in(run, args.start, f"{args.regulariser}_tf.safetensors")
+    path = run / f"{args.regulariser}_tf.safetensors"
     if not path.exists():
         start_discriminator(discriminator, captioner, splits, emb, clip, accelerator, decoding,
                             seed)
@@ -1673,12 +1676,12 @@ def train(args):
         write_results(run / "captions.json", splits["test"], after)
         report(run, splits["test"], judges, args.clip_score_prefix)
 
-def prepare(args, device):
+def load_everything(args, device):
     """What a run needs beside the captioner; all of it is cached. -> splits, clip, emb {split:
     (N,D)}, text_emb (all training captions,D), judges (see evaluate).
     """
     splits = load_items(args)
-    folder = found_in(args.run, args.start, "clip")
+    folder = Path(args.run) / "clip"
     if not args.clip and not folder.exists():
         train_toy_clip(splits["train"], folder, args.seed, device)
     clip = load_clip(args.clip or str(folder), args.clip_pretrained, device)
@@ -1716,6 +1719,8 @@ def begin_run(args, accelerator):
         raise UserError("--rl-weight 0 --wtf-weight 0: nothing would be learned")
     if args.start:
         read_config(args.start)
+        if Path(args.start).resolve() == run.resolve():
+            raise UserError(f"--start {args.start}: the run itself; name another one")
     if args.processes not in (None, processes):
         raise UserError(f"--resume: the run was begun by {args.processes} processes; launch it by "
                         f"torchrun --nproc-per-node {args.processes} -- distcap.py ...")
@@ -1729,6 +1734,11 @@ def begin_run(args, accelerator):
         shutil.rmtree(run)
     with explained(run, "cannot be written"):
         run.mkdir(parents=True, exist_ok=True)
+        if args.start:  # what RL starts from; all else is made anew
+            others = shutil.ignore_patterns(
+                "captions*", "captioner", "checkpoint.pt", "config.json", "log.jsonl",
+                "discriminator.safetensors", "metrics.json", "report.png")
+            shutil.copytree(args.start, run, ignore=others, dirs_exist_ok=True)
         write_json(run / "config.json", vars(args))
 
 def read_config(run):
@@ -1741,11 +1751,6 @@ def read_config(run):
     if "checkpoint_every" not in flags or "processes" not in flags:
         raise UserError(f"{path}: not a run of this edition; train again")
     return flags
-
-def found_in(run, start, part):
-    """Where `part` of a run lies or is to be made: in its own folder, or in that of --start."""
-    own, other = Path(run) / part, Path(start or run) / part
-    return other if other.exists() and not own.exists() else own
 
 def load_items(args):
     """The splits of --data; the toy world is drawn where it is missing."""
@@ -1807,8 +1812,7 @@ def start_discriminator(discriminator, captioner, splits, emb, clip, accelerator
     train_discriminator(discriminator, *sets["train"])
     with torch.no_grad():
         _, accuracy = discriminator_loss(discriminator, *sets["val"])
-    if accelerator.is_main_process:
-        print(f"discriminator: right on {accuracy:.3f} of held-out captions, half of them GT")
+    print(f"discriminator: right on {accuracy:.3f} of held-out captions, half of them GT")
 
 def score_files(files, items, judges, prefix, allow_missing=False):
     """Score COCO results files {label: path}: the one way to a score. judges: see evaluate.
@@ -1816,29 +1820,26 @@ def score_files(files, items, judges, prefix, allow_missing=False):
     -> rows {label: metrics}, each {label: {name: (n,)}}, notes, captions {label: list of n str},
     the n items that every file has a caption of.
     """
-    found, kept, places = {}, [], []
-    for label, path in files.items():
-        found[label] = load_predictions(path, items, allow_missing)
-    for place, item in enumerate(items):
-        if all(item["image_id"] in captions for captions in found.values()):
-            kept.append(item)
-            places.append(place)
-    if not kept:
+    found = {label: load_predictions(path, items, allow_missing) for label, path in files.items()}
+    places = [place for place, item in enumerate(items)
+              if all(item["image_id"] in captions for captions in found.values())]
+    if not places:
         raise UserError(f"{' and '.join(map(str, files.values()))}: no image in common")
+    kept = [items[place] for place in places]
     judges = {name: (clip, emb[places]) for name, (clip, emb) in judges.items()}
     rows, each, texts = {}, {}, {}
     for label, captions in found.items():
         texts[label] = [captions[item["image_id"]] for item in kept]
         rows[label], each[label], notes = evaluate(texts[label], kept, judges, prefix=prefix)
         for name, (clip, _) in judges.items():
-            report_cut(clip, f"{label} {name}".strip())
+            report_cut(clip, f"{label} {name}")
     return rows, each, notes, texts, kept
 
 def bootstrap(each, seed, draws=1000):
     """95 % intervals over images. {name: (n,)} -> {name_low, name_high}, ranks left out.
 
-    Percentiles of the means of queries drawn with replacement. What the queries search in stays
-    as it is, and so does the model: the interval says nothing about another seed.
+    Percentiles of the means of queries drawn with replacement. What the queries search in stays,
+    and so does the model: the interval says nothing about another seed.
     """
     rng = np.random.default_rng(seed)
     ends = {}
@@ -1863,7 +1864,9 @@ def print_table(rows, notes):
         line = name.ljust(first)
         for metrics in rows.values():
             value = metrics.get(name)
-            cell = "-" if value is None else f"{value:.3f}"
+            cell = "-" if value is None else str(value)
+            if isinstance(value, float):
+                cell = f"{value:.3f}"
             if f"{name}_low" in metrics:
                 cell += f" [{metrics[f'{name}_low']:.3f}, {metrics[f'{name}_high']:.3f}]"
             line += f"{cell:>26}"
@@ -1884,17 +1887,15 @@ def report(run, items, judges, prefix):
         for label, captions in toy_limits(items).items():
             rows[label], _, _ = evaluate(captions, items, judges, language=False, prefix=prefix)
     print_table(rows, notes)
-    ranks = [each[label]["t2i_rank"] for label in files]  # (n,) each
-    order = (ranks[1] - ranks[0]).argsort(stable=True).tolist()  # biggest gain first
+    before, after = each["after TF"]["t2i_rank"], each["after RL"]["t2i_rank"]  # (n,)
+    order = (after - before).argsort(stable=True).tolist()  # biggest gain first
     examples = []
+    # Three gains and three losses; of fewer than six images each one once.
     for k in order[:3] + order[3:][-3:]:
-        title = f"rank {ranks[0][k]:g} to {ranks[1][k]:g}"
-        said = {"TF": texts["after TF"][k], "RL": texts["after RL"][k],
-                "human": items[k]["captions"][0]}
-        examples.append((items[k]["file"], title, said))
-        print(f"\n{items[k]['file']}: {title}")
-        for who, caption in said.items():
-            print(f"  {who:<6}{caption}")
+        lines = [f"rank {before[k]:g} to {after[k]:g}", f"TF: {texts['after TF'][k]}",
+                 f"RL: {texts['after RL'][k]}", f"human: {items[k]['captions'][0]}"]
+        examples.append((items[k]["file"], lines))
+        print("", items[k]["file"], *lines, sep="\n")
     write_json(run / "metrics.json", {**rows["after RL"], "notes": notes, "rows": rows})
     draw_report(run, examples, rows)
     print(f"\nwritten: {run}/metrics.json, captions.json, captions_tf.json, report.png")
@@ -1913,69 +1914,63 @@ def draw_report(run, examples, rows):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from textwrap import fill
-    points = {}  # name: steps, values
-    for entry in read_log(run):
-        if entry["stage"] == "rl":
-            for name, value in {**entry, **entry.get("val", {})}.items():
-                steps, values = points.setdefault(name, ([], []))
-                steps.append(entry["step"])
-                values.append(value)
+    from textwrap import wrap
+    entries = [entry for entry in read_log(run) if entry["stage"] == "rl"]
     figure = pyplot.figure(figsize=(15, 9), layout="constrained")
+    # A letter is a panel: three curves above, six pictures below.
     axes = figure.subplot_mosaic("AABBCC;DEFGHI", height_ratios=(1, 1.1))
     for panel, (title, names) in zip("ABC", CURVES.items()):
         axes[panel].set(title=title, xlabel="RL step")
-        axes[panel].grid(alpha=.3)
         for name, label in names.items():
-            if name in points:
-                axes[panel].plot(*points[name], label=label)
+            points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+            if points:
+                axes[panel].plot(*zip(*points), label=label)
     if "best reference" in rows:
         axes["B"].axhline(rows["best reference"]["t2i_r1"], color="gray", label="best reference")
     for panel in "ABC":
         axes[panel].legend()
     for panel in "DEFGHI":
         axes[panel].axis("off")
-    for panel, (file, title, said) in zip("DEFGHI", examples):
+    for panel, (file, lines) in zip("DEFGHI", examples):
         axes[panel].imshow(open_image(file))
-        axes[panel].set_title(title)
-        text = "\n".join(fill(f"{who}: {caption}", 28) for who, caption in said.items())
-        axes[panel].text(0, -.05, text, va="top", transform=axes[panel].transAxes)
+        wrapped = ["\n".join(wrap(line, 28)) for line in lines]
+        axes[panel].set_title("\n".join(wrapped), loc="left")
     figure.savefig(run / "report.png", dpi=80)
     pyplot.close(figure)
 
 def open_run(run, device):
-    """A finished run, "latest" for the newest. -> folder, flags, accelerator, final captioner."""
+    """A finished run, "latest" for the newest. -> folder, flags, accelerator."""
     if run == "latest":
         runs = sorted(Path("runs").glob("*/config.json"), key=os.path.getmtime)
-        run = str(runs[-1].parent if runs else "runs/toy")
+        run = runs[-1].parent if runs else "runs/toy"
     flags = argparse.Namespace(**read_config(run))
-    accelerator, folder = setup_machine(device), Path(run) / "captioner"
-    if not folder.exists():
+    if not (Path(run) / "captions.json").exists():
         raise UserError(f"{run}: not finished; train --run {run} --resume goes on with it")
-    return Path(run), flags, accelerator, load_captioner(str(folder)).to(accelerator.device)
+    return Path(run), flags, setup_machine(device)
 
 def evaluate_command(args):
     """`distcap.py eval`: a run's captions again, or --predictions of any system."""
     if args.predictions:
         evaluate_predictions(args)
         return
-    if args.clip or args.allow_missing or args.split != "test":
-        raise UserError("--clip, --split, --allow-missing: only with --predictions")
-    run, flags, accelerator, captioner = open_run(args.run, args.device)
+    if (args.clip or args.eval_clip or args.annotations or args.images or args.allow_missing
+            or args.split != "test"):
+        raise UserError("--clip, --eval-clip, --annotations, --images, --split, --allow-missing: "
+                        "only with --predictions; a run is evaluated by its own flags")
+    run, flags, accelerator = open_run(args.run, args.device)
     device = accelerator.device
     with accelerator.main_process_first():
         items = load_items(flags)["test"]
-        clip_folder = found_in(run, flags.start, "clip")
-        clip = load_clip(flags.clip or str(clip_folder), flags.clip_pretrained, device)
+        clip = load_clip(flags.clip or str(run / "clip"), flags.clip_pretrained, device)
         judges = load_judges(clip, flags.eval_clip, items, device, flags.workers)
-    tf_folder = found_in(run, flags.start, "captioner_tf")
-    tf_captioner = load_captioner(str(tf_folder) if flags.tf_steps else flags.captioner).to(device)
-    for model, name in ((tf_captioner, "captions_tf.json"), (captioner, "captions.json")):
-        captions = generate_captions(
-            model, items, accelerator, name, num_beams=flags.num_beams,
-            batch_size=flags.eval_batch_size, workers=flags.workers)
-        if accelerator.is_main_process:
-            write_results(run / name, items, captions)
+    for part, name in (("captioner_tf", "captions_tf.json"), ("captioner", "captions.json")):
+        if (run / part).exists():  # without teacher forcing there is no captioner_tf
+            captioner = load_captioner(str(run / part)).to(device)
+            captions = generate_captions(
+                captioner, items, accelerator, name, num_beams=flags.num_beams,
+                batch_size=flags.eval_batch_size, workers=flags.workers)
+            if accelerator.is_main_process:
+                write_results(run / name, items, captions)
     if accelerator.is_main_process:
         report(run, items, judges, flags.clip_score_prefix)
         if args.discriminator:
@@ -2026,6 +2021,7 @@ def print_robustness(discriminator, items, clip, i):
     for how in ("gt", *FAULTS):
         captions = gt
         if how != "gt":
+            # The other caption is from far away: in the toy world neighbours are twins.
             captions = [corrupt(gt[k], how, gt[k - len(gt) // 2], rng) for k in range(len(gt))]
         t = clip.encode_texts(captions)  # (n,D)
         detected = (human_probability(discriminator, i, t) < .5).float().mean()
@@ -2034,17 +2030,20 @@ def print_robustness(discriminator, items, clip, i):
 
 def caption_command(images, run, device):
     """`distcap.py caption`: print a caption for each image file."""
+    items = []
     for path in images:
         open_image(path)  # a bad file is named before any work
-    _, flags, accelerator, captioner = open_run(run, device)
-    captions = generate_captions(captioner, [{"file": path, "captions": [""]} for path in images],
-                                 accelerator, "captions", num_beams=flags.num_beams,
-                                 batch_size=32, workers=0)
+        items.append({"file": path, "captions": [""]})
+    run, flags, accelerator = open_run(run, device)
+    captioner = load_captioner(str(run / "captioner")).to(accelerator.device)
+    captions = generate_captions(captioner, items, accelerator, "captions",
+                                 num_beams=flags.num_beams, batch_size=32, workers=0)
     for path, caption in zip(images, captions):
         print(f"{path}: {caption}")
 
 COMPARED = ("t2i_r1", "i2t_r1", "heldout_r1", "oracle_r1", "cider", "well_formed", "true")
-NOT_COMPARED = ("run", "seed", "start", "clip", "eval_clip", "images", "overwrite", "resume")
+NOT_COMPARED = ("run", "seed", "start", "clip", "eval_clip", "images", "overwrite", "resume",
+                "device", "workers", "processes")
 
 def compare(runs):
     """`distcap.py compare RUN...`: finished runs as a Markdown table; its flags: what differs.
@@ -2055,12 +2054,12 @@ def compare(runs):
     metrics_of, flags_of, rows = {}, {}, {}
     for run in runs:
         flags_of[run] = read_config(run)
-        metrics_of[run] = read_json(Path(run) / "metrics.json", "a finished run's metrics")
-        for name, value in list(metrics_of[run].items()):
-            if name.endswith("/t2i_r1"):
-                metrics_of[run]["heldout_r1"] = value
         for name in NOT_COMPARED:
             del flags_of[run][name]
+        metrics_of[run] = read_json(Path(run) / "metrics.json", "a finished run's metrics")
+        held_out = [name for name in metrics_of[run] if name.endswith("/t2i_r1")]
+        metrics_of[run]["heldout_r1"] = metrics_of[run][held_out[-1]] if held_out else None
+        # Runs of equal flags share a row; JSON makes the flags a key.
         rows.setdefault(json.dumps(flags_of[run]), []).append(run)
     first = flags_of[runs[0]]
     differing = [name for name in first
@@ -2071,10 +2070,11 @@ def compare(runs):
         cells = [", ".join(Path(run).name for run in group),
                  " ".join(f"{name}={flags[name]}" for name in differing)]
         for name in COMPARED:
-            values = [metrics_of[run].get(name, math.nan) for run in group]
-            cell = f"{np.mean(values):.3f}"
+            # None, of a metric that was not computed, becomes NaN.
+            values = np.array([metrics_of[run].get(name) for run in group], float)
+            cell = f"{values.mean():.3f}"
             if len(values) > 1:
-                cell += f" ± {np.std(values, ddof=1):.3f}"
+                cell += f" ± {values.std(ddof=1):.3f}"
             cells.append(cell)
         print(f"| {' | '.join(cells)} |")
 
@@ -2090,13 +2090,12 @@ SPLITS = ("train", "val", "test")
 
 # The toy world's settings, for a world of 31 words that two cores learn in minutes.
 #   tf_steps   with 1,300 the captioner sees a little worse: 2.4 % of its facts are wrong, not 1.6 %
-#   steps, lr  50 steps are past the best of five references; at 5e-4 some seeds end by naming one
-#              thing twice (the README's study)
+#   steps, lr  60 steps say more than the best of five references
 #   disc_lr    ten times less is too slow here: the accuracy falls to .3 while the captions move on
 #   warmup     of both stages; AdamW's first steps are as large as any and would undo TF
 TOY = {
     "captioner": "", "clip": "", "clip_pretrained": "", "run": "runs/toy",
-    "tf_steps": 1500, "tf_lr": 2e-3, "steps": 50, "lr": 2e-4, "warmup": 20, "batch_size": 64,
+    "tf_steps": 1500, "tf_lr": 2e-3, "steps": 60, "lr": 2e-4, "warmup": 20, "batch_size": 64,
     "wtf_weight": 1., "disc_lr": 3e-3, "eval_every": 10, "eval_images": 300,
     "eval_batch_size": 100, "checkpoint_every": 40, "clip_score_prefix": "", "workers": 0}
 # The paper's setting: [S] slides, [C] released code, [A] the summary. What nobody has printed is
@@ -2122,7 +2121,7 @@ def number(kind, low, high=math.inf):
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
+            value = math.nan  # in no range
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} in {low} .. {high}")
         return value
@@ -2142,7 +2141,7 @@ def build_parser():
     # What a run is made of, and where it lies.
     add = train_parser.add_argument
     add("--run", default="runs/real", help="folder of results")
-    add("--start", help="run to take CLIP, TF captioner and discriminator from")
+    add("--start", help="run to copy CLIP, discriminator and, with --tf-steps, TF captioner from")
     add("--resume", action="store_true", help="go on with --run, with its own flags, bit for bit")
     add("--overwrite", action="store_true", help="delete --run first")
     add("--captioner", default="Salesforce/blip-image-captioning-base",
@@ -2210,21 +2209,19 @@ def parse_flags(argv):
     if args.command not in ("train", "eval"):
         return args
     if args.data == "toy":
-        toy = dict(TOY) if args.command == "train" else {
-            name: TOY[name] for name in ("clip_score_prefix", "workers")}
-        commands[args.command].set_defaults(**toy)
+        commands["train"].set_defaults(**TOY)
+        commands["eval"].set_defaults(clip_score_prefix="", workers=0)
     if args.command == "train" and args.preset == "paper":
         commands["train"].set_defaults(**PAPER)
+    args = parser.parse_args(argv)
     if args.command == "train" and args.resume:
-        run = parser.parse_args(argv).run
-        saved = {**read_config(run), "resume": True, "run": run, "device": args.device}
+        saved = {**read_config(args.run), "resume": True, "run": args.run, "device": args.device}
         commands["train"].set_defaults(**saved)
         args = parser.parse_args(argv)
-        for name, value in saved.items():
-            if getattr(args, name) != value:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in "
-                                f"{run} has {value}, and --resume keeps a run's flags")
-    return parser.parse_args(argv)
+        changed = [name for name in saved if getattr(args, name) != saved[name]]
+        if changed:
+            raise UserError(f"--resume keeps the flags of {args.run}; leave out {changed}")
+    return args
 
 def setup_machine(device):
     """Device, precision and processes, as accelerate finds them. -> Accelerator."""
@@ -2235,18 +2232,22 @@ def setup_machine(device):
             torch.zeros(1, device=device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {device}: {first_words(error)}") from None
-        os.environ["ACCELERATE_TORCH_DEVICE"] = device
+        if device != "cuda":  # which leaves each process of torchrun a GPU of its own
+            os.environ["ACCELERATE_TORCH_DEVICE"] = device
     # Numbers below 1e-38 tell nothing and are slow on CPUs: BLIP-base's backward pass on random
     # weights took 115 s with them, 4 s without.
     torch.set_flush_denormal(True)
-    on_gpu = torch.cuda.is_available() and device in ("", "cuda")
+    on_gpu = torch.cuda.is_available() and (device == "" or device.startswith("cuda"))
     bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    # Without cpu=True accelerate would take torchrun's processes on CPUs for so many single ones.
+    # accelerate looks for GPUs first; without cpu=True each process would believe it is alone.
     on_cpu = device == "cpu" or not (device or torch.accelerator.is_available())
     # The others may wait long for the main process, which embeds all images first.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=2))
-    return Accelerator(cpu=on_cpu, mixed_precision="bf16" if bf16 else "no",
-                       kwargs_handlers=[patient])
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if bf16 else "no",
+                              kwargs_handlers=[patient])
+    if not accelerator.is_main_process:
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
+    return accelerator
 
 # ==================================================================================================
 # Appendix A. The toy world
@@ -2482,7 +2483,7 @@ class ToyCaptioner(BlipCaptioner):
     @property
     def prepare(self):
         """PIL RGB image -> (3,48,48) in -1 .. 1."""
-        return toy_pixels
+        return functools.partial(square_pixels, side=48)
 
     def save(self, folder):
         """A folder for load_toy."""
@@ -2490,10 +2491,6 @@ class ToyCaptioner(BlipCaptioner):
         self.tokenizer.save_pretrained(folder)
         save_model(self, f"{folder}/model.safetensors")
         write_json(Path(folder) / "config.json", {"model_type": "distcap_toy"})
-
-def toy_pixels(image, side=48):
-    """PIL RGB image -> (3,side,side) in -1 .. 1."""
-    return torch.from_numpy(np.array(image.resize((side, side)))).permute(2, 0, 1) / 127.5 - 1
 
 def toy_captioner(items):
     """A fresh ToyCaptioner whose vocabulary is that of the items' captions."""
@@ -2531,7 +2528,7 @@ def train_toy_clip(items, folder, seed, device, steps=450):
     model.logit_scale.requires_grad_(False)
     model.visual.to(memory_format=torch.channels_last)  # faster on a CPU
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=.05)
-    pixels = torch.stack([toy_pixels(open_image(item["file"]), 32) for item in items])
+    pixels = torch.stack([square_pixels(open_image(item["file"]), 32) for item in items])
     for step in tqdm(range(steps), "toy CLIP"):
         # Four twins in a row, so a group is four rows.
         groups = torch.randperm(len(items) // 4)[:32]  # (32,)
@@ -2597,12 +2594,12 @@ class OFAAttention(nn.ModuleDict):
         self.c_attn = nn.Parameter(torch.ones(heads))
 
     def read(self, x):
-        """What is looked at, x (B,m,d) -> keys and values, (B,h,m,d/h) each."""
+        """Keys and values of x (B,m,d) -> (B,h,m,d/h) each."""
         heads = len(self.c_attn)
         return split_heads(self.k_proj(x), heads), split_heads(self.v_proj(x), heads)
 
     def forward(self, x, keys, values, bias):
-        """What looks, x (R,u,d), bias (h,u,m) -> (R,u,d)."""
+        """Queries x (R,u,d), keys and values (B,h,m,d/h), bias (h,u,m) -> (R,u,d)."""
         # The beams of an image become queries of one row, so that its keys are never copied.
         q = self.q_proj(x).view(len(keys), -1, x.shape[-1])
         q = split_heads(q, len(self.c_attn))                      # (B,h,uR/B,d/h)
@@ -2705,11 +2702,10 @@ class OFACaptioner(Captioner):
         question = tokenizer(" what does the image describe?")["input_ids"]  # paper: blank too [C]
         self.register_buffer("question", torch.tensor(question), persistent=False)
 
-    def prepare(self, image):
-        """PIL RGB -> (3,s,s) in -1..1."""
-        from torchvision.transforms.functional import to_tensor
-        side = self.config["image_size"]
-        return 2 * to_tensor(image.resize((side, side), resample=3)) - 1  # 3: bicubic
+    @property
+    def prepare(self):
+        """PIL RGB image -> (3,s,s) in -1 .. 1."""
+        return functools.partial(square_pixels, side=self.config["image_size"])
 
     def encode(self, pixels):
         """(B,3,s,s) -> states."""
@@ -2729,43 +2725,43 @@ class OFACaptioner(Captioner):
         side = math.isqrt(N)
         row, column = torch.unravel_index(torch.arange(N, device=x.device), (side, side))  # (N,)
         # Patches are numbered row by row on a grid of G x G; row 0 of the table is no patch.
-        image_at = net.embed_image_positions(G * row + column + 1)                # (N,d)
-        token_at = net.embed_positions.weight[:T]                                 # (T,d)
-        at = torch.cat([net.image_pos_ln(image_at), net.pos_ln(token_at)])        # (n,d)
-        shared = net.position_bias("pos", at, at)                                 # (h,n,n)
+        image_places = net.embed_image_positions(G * row + column + 1)            # (N,d)
+        token_places = net.embed_positions.weight[:T]                             # (T,d)
+        places = torch.cat([net.image_pos_ln(image_places), net.pos_ln(token_places)])  # (n,d)
+        shared_bias = net.position_bias("pos", places, places)                    # (h,n,n)
 
         # Among patches, and among words, every layer adds a bias of its own, by distance.
         # A step down or to the right counts so that every offset (rows, columns) has its number.
         corner = (2 * G - 1) * row + column
-        near = corner[:, None] - corner + 2 * G * (G - 1)                         # (N,N)
-        far = net.buckets[:T, :T]                                                 # (T,T)
+        patch_distance = corner[:, None] - corner + 2 * G * (G - 1)               # (N,N)
+        token_distance = net.buckets[:T, :T]                                      # (T,T)
         for k, layer in enumerate(net.layers):
-            bias = shared.clone()                                                 # (h,n,n)
-            bias[:, :N, :N] += net.image_rel_pos_table_list[k](near).permute(2, 0, 1)
-            bias[:, N:, N:] += net.token_rel_pos_table_list[k](far).permute(2, 0, 1)
+            bias = shared_bias.clone()                                            # (h,n,n)
+            bias[:, :N, :N] += net.image_rel_pos_table_list[k](patch_distance).permute(2, 0, 1)
+            bias[:, N:, N:] += net.token_rel_pos_table_list[k](token_distance).permute(2, 0, 1)
             x = layer(x, bias, DynamicCache(), 0)  # an empty cache: nothing came before
         x = net.layer_norm(x)
         # What the decoder's layers look at is the same for every token, so it is computed once.
-        return [layer.cross_attn.read(x) for layer in self.decoder.layers], at
+        return [layer.cross_attn.read(x) for layer in self.decoder.layers], places
 
     def decode(self, states, tokens, cache):
         """tokens (R,u), which follow those in the cache -> logits (R,u,V)."""
-        memory, at = states
+        memory, places = states
         net = self.decoder
         table = self.encoder.embed_tokens
         seen = cache.get_seq_length()
         U = seen + tokens.shape[1]
-        own = net.pos_ln(net.embed_positions.weight[:U])                          # (U,d)
-        new = own[seen:]                                                          # (u,d)
-        cross = net.position_bias("cross_pos", new, at)                           # (h,u,n)
-        shared = net.position_bias("self_pos", new, own)                          # (h,u,U)
+        positions = net.pos_ln(net.embed_positions.weight[:U])                    # (U,d)
+        new_positions = positions[seen:]                                          # (u,d)
+        cross_bias = net.position_bias("cross_pos", new_positions, places)        # (h,u,n)
+        shared_bias = net.position_bias("self_pos", new_positions, positions)     # (h,u,U)
         # The table's rows before that of distance 0 stand for later tokens, which none may see.
-        far = net.buckets[seen:U, :U]                                             # (u,U)
-        shared = shared.masked_fill(far < net.buckets[0, 0], -math.inf)
+        token_distance = net.buckets[seen:U, :U]                                  # (u,U)
+        shared_bias = shared_bias.masked_fill(token_distance < net.buckets[0, 0], -math.inf)
         x = net.drop(net.layernorm_embedding(table(tokens)))                      # (R,u,d)
         for k, layer in enumerate(net.layers):
-            bias = shared + net.token_rel_pos_table_list[k](far).permute(2, 0, 1)
-            x = layer(x, bias, cache, k, memory[k], cross)
+            bias = shared_bias + net.token_rel_pos_table_list[k](token_distance).permute(2, 0, 1)
+            x = layer(x, bias, cache, k, memory[k], cross_bias)
         return net.layer_norm(x) @ table.weight.T
 
     def logits(self, states, tokens):

@@ -455,13 +455,15 @@ def log_of(folder, stage):
         entry.pop("seconds", None)
     return [entry for entry in entries if entry["stage"] == stage]
 
-def start_like_whole(workplace, name, **changes):
-    """A run about to begin with the flags of runs/whole and its discriminator after TF."""
+def start_like_whole(workplace, name, parts=(), **changes):
+    """A run about to begin with the flags of runs/whole, its discriminator after TF and `parts`."""
     whole, folder = workplace / "runs/whole", workplace / name
     folder.mkdir()
     config = json.loads((whole / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     shutil.copy(whole / "discriminator_tf.safetensors", folder)
+    for part in parts:
+        shutil.copytree(whole / part, folder / part)
     return folder
 
 def resume(workplace, name):
@@ -483,7 +485,7 @@ def test_killed_twice_and_resumed_a_run_equals_an_uninterrupted_one(workplace):
         assert (killed / name).read_text() == (whole / name).read_text()
 
 def test_two_processes_make_the_steps_of_one_and_log_what_the_batch_did(workplace):
-    shared = {"start": "runs/whole", "decode": "beam", "steps": 3}
+    shared = {"parts": ["captioner_tf"], "decode": "beam", "steps": 3}
     one = start_like_whole(workplace, "runs/one", **shared)
     two = start_like_whole(workplace, "runs/two", **shared, processes=2)
     run(workplace, *"-m torch.distributed.run --standalone --nproc-per-node 2 -- program.py train "
