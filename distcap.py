@@ -341,7 +341,6 @@ def corrupt(caption, how, other, rng):
 #       log p of own and of GT caption         r_policy, r_gt           GT's second use: r_gt log p
 #                  |                               |
 #                  +-----------> loss <------------+
-#
 # What a step needs from its parts. Anything that offers this will do.
 #
 #   captioner, an nn.Module (section 8 has a base class):
@@ -360,9 +359,8 @@ def corrupt(caption, how, other, rng):
 def reward_pools(t_policy, t_greedy, t_gt, rows, bank, gather=lambda x: x, rank=0):
     """The pools T and I with their masks. Captions t_* (B,D), or None to leave that kind out.
 
-    rows (B,), bank: see above. Under several processes gather concatenates a tensor over all of
-    them and rank is this one's number: the pools are those of the whole batch. The default is a
-    single process.
+    rows (B,), bank: see above. Under several processes (the default is one) gather concatenates a
+    tensor over all of them and rank is this one's number: the pools are those of the whole batch.
     -> texts (P,D), images (Q,D), own_policy (B,P), own_gt (B,P), own_image (B,Q)
     ValueError: rows that are not of unit norm, whose rewards would be wrong without a word.
     """
@@ -533,15 +531,17 @@ def tf_step(batch, captioner, autocast=contextlib.nullcontext):
 # ==================================================================================================
 # 5. Training
 # ==================================================================================================
-# Stage 1 teaches the captioner by teacher forcing, stage 2 gives the discriminator its start,
-# stage 3 is the paper: RL with a regularised reward. `accelerator` is Hugging Face accelerate's.
+#   stage                        learns                      from
+#   1 train_tf                   captioner                   GT captions
+#   2 train_discriminator        discriminator               GT against captions of stage 1
+#   3 train_rl                   captioner, discriminator    rewards; GT against its own captions
 #
+# `accelerator` is Hugging Face accelerate's.
 # Several processes hold a copy of the captioner each and a share of every batch. After backward()
 # they average their gradients (`update`), so they make the step of one process with the whole
 # batch (but for BatchNorm, which sees each share alone). DistributedDataParallel would overlap this
 # with the backward pass, but it wants a single forward(), and a step calls encode once and log_prob
 # twice. What is lost is about one transfer of the weights a step.
-#
 # AdamW's decay of .01, the norm that gradients are shortened to and the schedule are ours: of the
 # captioner's training nothing is known. The discriminator's Adam is the released code's.
 
@@ -573,10 +573,7 @@ def update(network, optimizer, lr, accelerator, largest_norm=math.inf):
     return norm
 
 def whole_batch_means(infos, accelerator):
-    """Means over the batches of a step and over all processes. list of {name: ()} -> {name: float}.
-
-    One process alone would report its own share of the batch as if it were the whole.
-    """
+    """Means over the batches of a step and over all processes: [{name: ()}] -> {name: float}."""
     means = {}
     for name in infos[0]:
         mine = torch.stack([info[name] for info in infos]).mean()  # ()
@@ -634,10 +631,8 @@ def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, ru
              eval_every=500, workers=0):
     """Stage 3: rl_step after rl_step, then one update of each network. bank: see section 4.
 
-    images, plan, validate and what is not named here: see train_tf.
-
     method: keyword arguments of rl_step. grad_accum: the batches of a step keep pools and a zero of
-    their own, so they are not the same as one larger batch.
+    their own, so they are not the same as one larger batch. The rest: see train_tf.
     """
     captioner_optimizer = torch.optim.AdamW(captioner.parameters(), lr=lr, weight_decay=.01)
     # paper: Adam at a constant 7e-5 for the discriminator, no warm-up, no decay [C]
@@ -687,8 +682,7 @@ def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, ru
 #                                         which punish details that no reference has: in the paper
 #                                         CIDEr falls from 109 to 76
 #   do the captions differ?               Self-BLEU and diversity
-#
-# In the toy world oracle_metrics (appendix A) asks besides whether captions are true.
+#   are they true?                        oracle_metrics of appendix A, in the toy world
 
 def expected_recall(scores, own, tie=1e-6):
     """Recall at 1, 5, 10; candidates that tie share the hit: two alike count 1/2 each.
@@ -856,6 +850,10 @@ def evaluate(captions, items, judges, *, language=True, prefix="A photo depicts 
 # ==================================================================================================
 # 7. CLIP
 # ==================================================================================================
+# CLIP embeds images and captions in one space, learned so that an image lies near its own caption
+# and far from others. Here it is the judge and never learns: what it cannot see (in the toy world,
+# who is left of whom), no reward can teach, and what it likes too much, RL will find. A second CLIP
+# that gave no reward (--eval-clip) shows whether captions became better or only more to its taste.
 
 class FrozenClip:
     """Any open_clip model, in eval mode and without gradients; embeddings are unit-norm float32.
@@ -936,12 +934,22 @@ def load_clip(name, pretrained, device):
 # ==================================================================================================
 # 8. Captioners
 # ==================================================================================================
+# A captioner is an image encoder and a decoder of words. The encoder runs once for an image and
+# gives `states`; the decoder reads them and the words so far, and gives logits for the next word.
+#
+#   generate   word by word, without gradient: greedy takes the likeliest word, beams keep the K
+#              likeliest beginnings, a sample draws each word from p
+#   logits     all words of a given caption in one pass, with gradient: word k is predicted from the
+#              words before it
+#
+# Both must mean the same p, or RL would reinforce one distribution by the captions of another: a
+# test holds that log_prob of a sample is what the search assigned to it.
 
 class Captioner(nn.Module):
     """The contract of section 4 for models with a Hugging Face tokenizer.
 
     A family adds prepare(PIL RGB image) -> (3,h,w), encode, generate, save(folder) and
-    logits(states, tokens (B,T)) -> (B,T-1,V), where row k predicts tokens[:, k + 1].
+    logits(states, tokens (B,L)) -> (B,L-1,V), where row k predicts tokens[:, k + 1].
     """
 
     def __init__(self, tokenizer, start, eos, pad, max_length, no_repeat_ngram=3,
@@ -957,11 +965,11 @@ class Captioner(nn.Module):
         self.max_new_tokens = min(max_new_tokens, self.room + 1)  # eos is new too
 
     def log_prob(self, states, tokens):
-        """log p of what follows the start tokens. tokens (B,T) -> (B,), with gradient."""
+        """log p of what follows the start tokens. tokens (B,L) -> (B,), with gradient."""
         first = len(self.start)
         if tokens[:, :first].tolist() != [self.start] * len(tokens):
             raise ValueError(f"log_prob: each row must begin with the start tokens {self.start}")
-        logits = self.logits(states, tokens)[:, first - 1:]  # (B,T-first,V)
+        logits = self.logits(states, tokens)[:, first - 1:]  # (B,L-first,V)
         return caption_log_prob(logits, tokens[:, first:], self.pad)
 
     def token_ids(self, captions):
@@ -979,13 +987,13 @@ class Captioner(nn.Module):
                       f"{cut} captions there")
 
     def tokenize(self, captions):
-        """list of B str -> (B,T): start, words, eos, pads. Cut at max_length, eos kept."""
+        """list of B str -> (B,L): start, words, eos, pads. Cut at max_length, eos kept."""
         rows = [torch.tensor([*self.start, *ids[:self.room], self.eos])
                 for ids in self.token_ids(captions)]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
 
     def detokenize(self, tokens):
-        """(B,T) -> list of B str, without start and special tokens."""
+        """(B,L) -> list of B str, without start and special tokens."""
         texts = self.tokenizer.batch_decode(tokens[:, len(self.start):], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
@@ -1012,7 +1020,7 @@ class BlipCaptioner(Captioner):
         # As in transformers' own generate() for BLIP: rows begin with BOS and end with SEP.
         super().__init__(tokenizer, [text.bos_token_id], text.sep_token_id, text.pad_token_id,
                          min(text.max_position_embeddings, 128), no_repeat_ngram, max_new_tokens)
-        # A checkpoint may bring settings of its own (beams, sampling), which generate() would mix in.
+        # A checkpoint may bring settings of its own (beams, sampling) that generate() would mix in.
         model.text_decoder.generation_config = GenerationConfig()
         self.model, self.image_processor = model, image_processor
 
@@ -1027,7 +1035,7 @@ class BlipCaptioner(Captioner):
 
     @torch.no_grad()
     def generate(self, states, num_beams=1, sample=False):
-        """states (B,N,H) -> tokens (B,T): the top beam, the greedy caption or a sample from p."""
+        """states (B,N,H) -> tokens (B,L): the top beam, the greedy caption or a sample from p."""
         start = torch.tensor([self.start] * len(states), device=states.device)  # (B,1)
         with shared_image_keys(self.model, states):  # appendix C; the result is the same without
             tokens = self.model.text_decoder.generate(
@@ -1035,11 +1043,11 @@ class BlipCaptioner(Captioner):
                 **self.search_options(num_beams, sample))
         # transformers takes a pad id of 0 for none and fills beams up with eos. log p would count
         # every eos, so all but the first become pads.
-        eos_so_far = (tokens == self.eos).cumsum(1)  # (B,T)
+        eos_so_far = (tokens == self.eos).cumsum(1)  # (B,L)
         return tokens.masked_fill(eos_so_far > 1, self.pad)
 
     def logits(self, states, tokens):
-        """states (B,N,H), tokens (B,T) -> (B,T-1,V)."""
+        """states (B,N,H), tokens (B,L) -> (B,L-1,V)."""
         # No mask for pads: they stand behind the caption and attention is causal, so that no real
         # token sees one.
         return self.model.text_decoder(
@@ -1161,6 +1169,9 @@ def write_json(path, value):
 
 def save_checkpoint(run, stage, step, parts, accelerator):
     """What a stage needs to go on: networks, optimisers and each process's random state.
+
+    On a CPU a resumed run then equals an uninterrupted one bit for bit. The data needs no state:
+    batch_plan gives batch k from the seed alone.
 
     parts: {name: what has a state_dict}. All processes call it, the main one writes.
     """
@@ -1504,7 +1515,11 @@ def batch_plan(items, batch_size, seed, batches):
 
     Epochs follow each other without a gap; each visits every image once, with one of its captions
     at random. Nothing else enters, so a resumed run and any number of processes see the same.
-    A batch of 32 may hold the end of one epoch and the start of the next, hence an image twice.
+    A batch may hold the end of one epoch and the start of the next, and so an image twice. Its two
+    captions are rivals then; its picture stands in the pool I once.
+
+    batch_plan(3 images of 5 captions each, 2, ...) may begin
+    [[(2, 0), (0, 4)], [(1, 1), (0, 3)], ...]: image 2 by its first caption, image 0 by its last ...
     """
     references = torch.tensor([len(item["captions"]) for item in items])  # (N,)
     n, picks, epoch = len(items), [], 0
@@ -2765,13 +2780,13 @@ class OFACaptioner(Captioner):
         return net.layer_norm(x) @ table.weight.T
 
     def logits(self, states, tokens):
-        """tokens (B,T) -> (B,T-1,V). No real token sees a pad: attention is causal."""
+        """tokens (B,L) -> (B,L-1,V). No real token sees a pad: attention is causal."""
         from transformers import DynamicCache
         return self.decode(states, tokens[:, :-1], DynamicCache())
 
     @torch.no_grad()
     def generate(self, states, num_beams=1, sample=False):
-        """-> (B,T): the top beam, greedy or, with sample, drawn from p. No dropout.
+        """-> (B,L): the top beam, greedy or, with sample, drawn from p. No dropout.
 
         paper: by the search of its fork of transformers [C]; today's gives its ids in the tests.
         """
