@@ -16,8 +16,8 @@ Ground Truth Captions in CLIP Guided Reinforcement Learning" (ICIP 2024).
     torchrun --nproc-per-node 4 -- distcap.py train ... # the same step on four GPUs
 
 Reading order
-    1 to 4   the paper: rewards, losses, discriminator, one step     45 minutes
-    5, 6     training loops and evaluation                           25 minutes
+    1 to 4   the paper: rewards, losses, discriminator, one step     50 minutes
+    5, 6     training loops and evaluation                           30 minutes
     7 to 11  what these are plugged into: CLIP, captioners, files, commands
     A to D   appendices one may skip: toy world, OFA, faster attention, metrics in Java
 
@@ -1949,7 +1949,7 @@ def draw_report(run, examples, rows):
     for panel, (file, lines) in zip("DEFGHI", examples):
         axes[panel].imshow(open_image(file))
         wrapped = ["\n".join(wrap(line, 28)) for line in lines]
-        axes[panel].set_title("\n".join(wrapped), loc="left")
+        axes[panel].set_title("\n".join(wrapped), loc="left", fontsize=10)
     figure.savefig(run / "report.png", dpi=80)
     pyplot.close(figure)
 
