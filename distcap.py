@@ -2061,8 +2061,9 @@ NOT_COMPARED = ("run", "seed", "start", "clip", "eval_clip", "images", "overwrit
                 "device", "workers", "processes")
 
 def compare(runs):
-    """`distcap.py compare RUN...`: finished runs as a Markdown table; its flags: what differs.
+    """`distcap.py compare RUN...`: finished runs as a Markdown table.
 
+    Its column flags says what differs from the first of them.
     Runs that differ by --seed alone share a row, mean ± standard deviation. heldout_r1: t2i_r1 by
     the last --eval-clip.
     """
@@ -2077,13 +2078,11 @@ def compare(runs):
         # Runs of equal flags share a row; JSON makes the flags a key.
         rows.setdefault(json.dumps(flags_of[run]), []).append(run)
     first = flags_of[runs[0]]
-    differing = [name for name in first
-                 if any(flags[name] != first[name] for flags in flags_of.values())]
     print(f"| run | flags | {' | '.join(COMPARED)} |\n|{'---|' * (len(COMPARED) + 2)}")
     for group in rows.values():
         flags = flags_of[group[0]]
-        cells = [", ".join(Path(run).name for run in group),
-                 " ".join(f"{name}={flags[name]}" for name in differing)]
+        changed = [f"{name}={flags[name]}" for name in first if flags[name] != first[name]]
+        cells = [", ".join(Path(run).name for run in group), " ".join(changed)]
         for name in COMPARED:
             # None, of a metric that was not computed, becomes NaN.
             values = np.array([metrics_of[run].get(name) for run in group], float)
