@@ -1258,6 +1258,8 @@ def base_case(fast, family):
 def test_bench_the_released_way_gives_the_same_losses():
     torch.set_flush_denormal(True)
     base = bool(os.environ.get("BENCH"))
+    if base:
+        torch.set_num_threads(os.cpu_count())
     case = base_case if base else frozen_case
     seconds, losses = [], []
     for fast, family in ((True, m.BlipCaptioner), (False, AsReleased)):
