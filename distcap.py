@@ -1246,7 +1246,8 @@ def open_image(path):
         return image.convert("RGB")
     # Pillow's decoders raise OSError, SyntaxError, struct.error and more: each means a bad file.
     except Exception as error:
-        raise UserError(f"{path}: missing or damaged image ({error}); restore the file") from None
+        raise UserError(f"{path}: missing, damaged or no image ({error}); restore or replace the "
+                        "file") from None
 
 def clean_captions(value, where):
     """A caption as files hold it -> list of clean str. Each format and each use passes here.
@@ -1742,7 +1743,8 @@ def begin_run(args, accelerator):
     args.processes = processes
     if args.resume or not accelerator.is_main_process:
         return
-    if run.exists() and any(run.iterdir()):
+    # A folder with nothing but its flags has lost nothing: a mistyped path, say, ended it at once.
+    if run.exists() and any(path.name != "config.json" for path in run.iterdir()):
         if not args.overwrite or not (run / "config.json").exists():
             raise UserError(f"{run}: not empty; --resume goes on with a run, --overwrite deletes "
                             "one (never another folder), --run names another place")
@@ -1907,7 +1909,7 @@ def report(run, items, judges, prefix):
     examples = []
     # Three gains and three losses; of fewer than six images each one once.
     for k in order[:3] + order[3:][-3:]:
-        lines = [f"rank {before[k]:g} to {after[k]:g}", f"TF: {texts['after TF'][k]}",
+        lines = [f"image's rank: {before[k]:g}, then {after[k]:g}", f"TF: {texts['after TF'][k]}",
                  f"RL: {texts['after RL'][k]}", f"human: {items[k]['captions'][0]}"]
         examples.append((items[k]["file"], lines))
         print("", items[k]["file"], *lines, sep="\n")
@@ -1916,13 +1918,13 @@ def report(run, items, judges, prefix):
     print(f"\nwritten: {run}/metrics.json, captions.json, captions_tf.json, report.png")
 
 CURVES = {
-    "1. Its reward overtakes that of human captions": {
-        "r_policy": "its own caption (RL)", "r_gt": "a human caption (WTF)"},
+    "1. Reward: RL's captions overtake human ones": {
+        "r_policy": "the captioner's own caption", "r_gt": "a human caption"},
     "2. Captions find their images (R@1, validation)": {
         "t2i_r1": "text to image", "i2t_r1": "image to text", "oracle_r1": "by facts alone"},
     "3. ... and stay true and grammatical (validation)": {
         "well_formed": "captions that parse", "true": "stated facts that hold",
-        "d_accuracy": "discriminator's accuracy"}}
+        "d_accuracy": "discriminator's accuracy (.5 is chance)"}}
 
 def draw_report(run, examples, rows):
     """run/report.png: curves over the RL steps; gains and losses with their captions."""
@@ -3110,7 +3112,8 @@ def main(argv=None):
         print(f"distcap: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("distcap: stopped; train --resume goes on from the last checkpoint", file=sys.stderr)
+        print("distcap: stopped; the same command with --resume goes on from the last checkpoint, "
+              "or from the start if there is none yet", file=sys.stderr)
         return 130
 
 if __name__ == "__main__":
