@@ -1752,10 +1752,11 @@ def begin_run(args, accelerator):
     with explained(run, "cannot be written"):
         run.mkdir(parents=True, exist_ok=True)
         if args.start:  # what RL starts from; all else is made anew
-            others = shutil.ignore_patterns(
-                "captions*", "captioner", "checkpoint.pt", "config.json", "log.jsonl",
-                "discriminator.safetensors", "metrics.json", "report.png")
-            shutil.copytree(args.start, run, ignore=others, dirs_exist_ok=True)
+            for part in ("clip", "captioner_tf"):
+                if (Path(args.start) / part).exists():
+                    shutil.copytree(Path(args.start) / part, run / part, dirs_exist_ok=True)
+            for path in Path(args.start).glob("*_tf.safetensors"):
+                shutil.copy(path, run)
         write_json(run / "config.json", vars(args))
 
 def read_config(run):

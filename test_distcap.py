@@ -484,6 +484,16 @@ def test_killed_twice_and_resumed_a_run_equals_an_uninterrupted_one(workplace):
     for name in ("captions_tf.json", "captions.json"):
         assert (killed / name).read_text() == (whole / name).read_text()
 
+def test_a_run_starts_from_another_ones_captioner(workplace, capsys):
+    flags = "--start runs/whole --run runs/started --tf-steps 7 --steps 0"
+    with at(workplace):
+        assert m.main(["train", *SHORT, *flags.split()]) == 0
+        assert m.main(["train", *SHORT, "--start", "runs/whole", "--run", "runs/whole"]) == 2
+    assert "the run itself" in capsys.readouterr().err
+    whole, started = workplace / "runs/whole", workplace / "runs/started"
+    assert (started / "captions_tf.json").read_text() == (whole / "captions_tf.json").read_text()
+    assert (started / "captions.json").read_text() == (whole / "captions_tf.json").read_text()
+
 def test_two_processes_make_the_steps_of_one_and_log_what_the_batch_did(workplace):
     shared = {"parts": ["captioner_tf"], "decode": "beam", "steps": 3}
     one = start_like_whole(workplace, "runs/one", **shared)
