@@ -1946,7 +1946,8 @@ def draw_report(run, examples, rows):
     if "best reference" in rows:
         axes["B"].axhline(rows["best reference"]["t2i_r1"], color="gray", label="best reference")
     for panel in "ABC":
-        axes[panel].legend()
+        if axes[panel].lines:  # without an RL step there are none
+            axes[panel].legend()
     for panel in "DEFGHI":
         axes[panel].axis("off")
     for panel, (file, lines) in zip("DEFGHI", examples):
