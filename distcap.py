@@ -50,7 +50,7 @@ Departures that change results, each marked `# DEPARTS` at its line
       in the paper, which has no such zero)
     6 WTF uses the GT caption's own reward and log p; the released line repeats the RL term
     7 r_bi is the sum of its halves, as on the slides; alpha is the released code's, which halves it
-`# paper:` marks what the paper says; other comments say why, a shape or a unit.
+`# paper:` marks what the paper, its slides or its released code say; other comments say why.
 
 Never run: COCO itself, published weights, a GPU. All figures are of the toy world, of 60
 photographs, or of random weights; the README says which.
@@ -101,8 +101,8 @@ class UserError(ValueError):
 #   images     (Q,D)  the pool I         own_image  (B,Q)  True: this entry is the caption's image
 #   tau        ()     temperature, in units of cosine
 #
-# Every row of t, i, greedy, texts and images must have unit norm, so that t.i is a cosine. Without
-# own_text and own_image a caption is its own rival, and every reward is about 0.
+# Every row of t, i, greedy, texts and images must have unit norm, so that t.i is a cosine. With
+# own_text and own_image all False a caption is its own rival: no contrast can rise above 0.
 #
 # A worked example, tau = .01. The pool T holds three captions, the pool I two images; cosines:
 #
@@ -145,8 +145,8 @@ def unidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, t
     rivals = i.float() @ texts.float().T / tau  # (B,P)
     rivals = rivals.masked_fill(own_text, float("-inf"))  # (B,P)
     # Our reading of "T without t_c": only the caption's own entry is masked. An equal text in T,
-    # its greedy or GT twin, stays a rival, and then r_i2t <= 0: what greedy search or a person
-    # already says earns nothing.
+    # its greedy or GT twin, stays a rival, and then r_i2t <= 0: for what greedy search or a
+    # person already says, this direction pays nothing.
     return cosine - tau * rivals.logsumexp(-1)
 
 def bidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
@@ -194,8 +194,9 @@ def caption_log_prob(logits, tokens, pad):
     is in GPT-2: no caption would learn to end. ValueError: shapes that do not fit.
     """
     # A mean where the formula has a sum, after the released code: a token of a long caption counts
-    # for less. DEPARTS 2: the mean is over a caption's own tokens. The released code divides by the
-    # padded length (255 for GT), which would shrink WTF about 15 times.
+    # for less.
+    # DEPARTS 2: the mean is over a caption's own tokens. The released code divides by the padded
+    # length (255 for GT), which would shrink WTF about 15 times.
     if logits.shape[:2] != tokens.shape:
         raise ValueError(f"logits {tuple(logits.shape)} for tokens {tuple(tokens.shape)}")
     nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), ignore_index=pad,
@@ -207,7 +208,7 @@ def policy_gradient_loss(log_p, reward):
 
     x from the captioner: REINFORCE. x = GT with its own reward: weighted teacher forcing (WTF).
     x = GT with r = 1: plain teacher forcing (TF). No gradient flows into the reward.
-    ValueError: shapes that differ, of which torch would make (B,B).
+    ValueError: shapes that differ; torch would silently broadcast (B,1) with (B,) to (B,B).
     """
     if log_p.shape != reward.shape:
         raise ValueError(f"log_p {tuple(log_p.shape)}, reward {tuple(reward.shape)}: one a caption")
@@ -256,7 +257,7 @@ class Discriminator(nn.Module):
         return self.net(t)
 
 def human_probability(discriminator, i, t):
-    """r_regu: the probability that caption t of image i is human. i, t (B,D) -> (B,).
+    """r_regu: the probability that caption t of image i is human. i, t (B,D) unit norm -> (B,).
 
     A reward, hence no gradient: policy_gradient_loss carries it to the captioner as a number.
     """
@@ -267,9 +268,9 @@ def human_probability(discriminator, i, t):
 def discriminator_loss(discriminator, i, t_gt, t_generated):
     """Cross entropy with GT = 1, generated = 0. i, t_gt, t_generated (B,D) -> loss (), accuracy ().
 
-    Equal numbers of both, so chance is an accuracy of .5. Watch it: near .5 the captions pass for
-    human and r_regu says nothing; near 1 it knows them all, and r_regu says the same of each.
-    Source: released code. The embeddings carry no gradient: only the discriminator learns here.
+    Give equal numbers of both, so that chance is an accuracy of .5, and embeddings without
+    gradient. Watch the accuracy: near .5 r_regu is near .5 for all captions; near 1 it is near 0
+    for every generated one. In both cases it no longer ranks them. Source: released code.
     """
     on_gt = discriminator(i, t_gt)  # (B,2)
     on_generated = discriminator(i, t_generated)  # (B,2)
@@ -293,7 +294,7 @@ def corrupt(caption, how, other, rng):
     """Spoil a caption in the way `how`, one of FAULTS. -> str. rng: random.Random.
 
     other: a caption of another image. The grammar network learns from GRAMMAR_FAULTS; with all
-    FAULTS one can ask what a discriminator notices (eval --discriminator). Both need a word. A
+    FAULTS one can ask what a discriminator notices (eval --discriminator). Both must hold a word. A
     fault may leave a caption as it was (a swap of two equal words) or empty (remove, keywords).
     ValueError: no such way.
     """
@@ -372,7 +373,7 @@ def reward_pools(t_policy, t_greedy, t_gt, rows, bank, gather=lambda x: x, rank=
     #   own_policy    row a: True at 0; row b: True at 1
     #   own_gt        row a: True at 4; row b: True at 5
     #   own_image     I = {a, a', b, b'} sorted by row: True at a for row a, at b for row b, Q = 4
-    # A caption's rivals are the False columns. Leave a kind out and its columns go. Of each image
+    # A caption's rivals are the False columns. A kind given as None has no columns. Of each image
     # the one GT caption of the batch is here; whether the paper takes all five is not known.
     B = len(rows)
     all_rows = gather(rows)  # (W,)
@@ -396,8 +397,8 @@ def reward_pools(t_policy, t_greedy, t_gt, rows, bank, gather=lambda x: x, rank=
     own_gt = column == own_column_gt[:, None]  # (B,P)
     # paper: I = the batch's images + mined similar images.
     # DEPARTS 3: an image stands in I once and is no rival for captions of its own id. The released
-    # code keeps such false negatives. A mined neighbour is near, so it asks for what tells two
-    # similar images apart; the batch's images are random and ask for less.
+    # code keeps such false negatives. A mined neighbour looks like the image, so only a caption
+    # that says how the two differ beats it; the batch's other images are easier to beat.
     mined = bank["near"][all_rows].flatten()  # (W K,)
     pool = torch.cat([all_rows, mined]).unique()  # (Q,) rows of the bank
     images = bank["emb"][pool].float()  # (Q,D)
@@ -413,7 +414,7 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
             autocast=contextlib.nullcontext, gather=lambda x: x, rank=0):
     """One step of the full method on a batch. -> loss (), d_loss () or None, info {name: ()}.
 
-    The defaults are the paper's values, but for DEPARTS 5 and 7. Call backward() on both losses:
+    The defaults are the released code's, but for DEPARTS 5 and 7. Call backward() on both losses:
     the first is the captioner's, the second the discriminator's; neither reaches the other's
     weights. The captioner is left in eval mode.
 
@@ -423,7 +424,7 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
     captions in T. decode: "beam" or "sample". autocast: a function that gives a context for the
     captioner's passes; rewards stay in float32.
     gather, rank: see reward_pools; every process then averages its gradients with the others.
-    ValueError: a caption without any rival; one image alone, whose reward would be its own zero.
+    ValueError: a caption without any rival; with center_reward, a batch of one image.
     """
     if center_reward and len(gather(batch["rows"])) == 1:
         raise ValueError("center_reward: a batch of one image has no other reward to compare with")
@@ -444,7 +445,7 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
         gt = captioner.tokenize(batch["captions"]).to(rows.device)  # (B,L)
         if generates:
             # paper: the top beam is the trajectory. It is no sample of p: its gradient raises the
-            # mode. decode="sample" draws from p, which makes this REINFORCE proper.
+            # mode. decode="sample" draws from p: REINFORCE, but for the mean over tokens.
             if decode == "beam":
                 policy = captioner.generate(states, num_beams=num_beams)  # (B,L)
             elif decode == "sample":
@@ -492,8 +493,8 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
         # DEPARTS 5: rewards are mostly negative, and every caption would be pushed down until its
         # grammar is gone. So the mean reward of the captioner's own captions (in WTF alone, of the
         # GT captions) is the zero, and a GT caption below it is skipped. The paper has no such
-        # zero. A constant changes nothing in expectation over samples from p; over top beams, and
-        # with few steps, it changes much.
+        # zero. Were log p a sum, a constant would change nothing in expectation over samples from
+        # p. With a mean over tokens it shifts lengths a little; over top beams it changes much.
         zero = gather(r_policy if generates else r_gt).mean()  # ()
         r_gt = (r_gt - zero).clamp(min=0)  # (B,)
         if generates:
