@@ -56,6 +56,8 @@ study: $(addsuffix /metrics.json,$(RUNS))  ## the paper's claims, one row of fla
 	@$(MAKE) --no-print-directory compare
 
 compare: .venv/ready  ## the study's table, of the rows that are there
+	@test -n "$(wildcard $(addsuffix /metrics.json,$(RUNS)))" || \
+	  { echo 'make compare: no finished row yet; `make study` makes them' >&2; exit 1; }
 	@$(PY) distcap.py compare $(patsubst %/metrics.json,%,$(wildcard $(addsuffix /metrics.json,$(RUNS))))
 
 .PRECIOUS: runs/study/%/metrics.json runs/study/heldout-%/metrics.json

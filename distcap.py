@@ -3113,8 +3113,8 @@ def main(argv=None):
         print(f"distcap: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("distcap: stopped; the same command with --resume goes on from the last checkpoint, "
-              "or from the start if there is none yet", file=sys.stderr)
+        print("distcap: stopped; the same command with --resume (make: ARGS='... --resume') goes "
+              "on from the last checkpoint, or from the start if there is none", file=sys.stderr)
         return 130
 
 if __name__ == "__main__":
