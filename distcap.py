@@ -52,8 +52,7 @@ Departures that change results, each marked `# DEPARTS` at its line
     7 r_bi is the sum of its halves, as on the slides; alpha is the released code's, which halves it
 `# paper:` marks what the paper, its slides or its released code say; other comments say why.
 
-Never run: COCO itself, published weights, a GPU. All figures are of the toy world, of 60
-photographs, or of random weights; the README says which.
+Never run: COCO itself, published weights, a GPU. The README says what its figures are of.
 """
 
 import argparse
@@ -291,8 +290,8 @@ def discriminator_loss(discriminator, i, t_gt, t_generated):
     on_gt = discriminator(i, t_gt)  # (B,2)
     on_generated = discriminator(i, t_generated)  # (B,2)
     logits = torch.cat([on_gt, on_generated]).float()  # (2B,2)
-    label = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # (2B,)
-    label[:len(on_gt)] = 1
+    # The first half is GT, class 1.
+    label = (torch.arange(len(logits), device=i.device) < len(on_gt)).long()  # (2B,)
     accuracy = (logits.argmax(-1) == label).float().mean()  # ()
     return F.cross_entropy(logits, label), accuracy
 
@@ -302,17 +301,16 @@ def discriminator_loss(discriminator, i, t_gt, t_generated):
 #   insert    a dog red runs on the wet sand        truncate  a dog runs on
 #   swap      a wet runs on the dog sand            glue      a dog .. wet sand two red buses
 #                                                   replace   two red buses
-# The left ones are faults of grammar; a CLIP that gives the right ones a higher cosine is fooled.
+# The left ones are faults of grammar, which the grammar network learns from; with all of them
+# `eval --discriminator` asks what a discriminator notices and what fools CLIP.
 GRAMMAR_FAULTS = ("repeat", "remove", "insert", "swap")  # Cho et al. 2022
 FAULTS = (*GRAMMAR_FAULTS, "shuffle", "keywords", "truncate", "glue", "replace")
 
 def corrupt(caption, how, other, rng):
     """Spoil a caption in the way `how`, one of FAULTS. -> str. rng: random.Random.
 
-    other: a caption of another image. The grammar network learns from GRAMMAR_FAULTS; with all
-    FAULTS one can ask what a discriminator notices (eval --discriminator). Both must hold a word. A
-    fault may leave a caption as it was (a swap of two equal words) or empty (remove, keywords).
-    ValueError: no such way.
+    other: a caption of another image; both must hold a word. A fault may leave a caption as it was
+    (a swap of two equal words) or empty (remove, keywords). ValueError: no such way.
     """
     words = caption.split()
     k = rng.randrange(len(words))
@@ -432,9 +430,8 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
 
     reward: a name in REWARDS. alpha, tau: see section 1. rl_weight, wtf_weight: of the two terms
     of the loss; rl_weight=0 is wtf_step. gt_in_pool, greedy_in_pool: what joins the captioner's own
-    captions in T. decode: "beam" or "sample". autocast: a function that gives a context for the
-    captioner's passes; rewards stay in float32.
-    gather, rank: see reward_pools; every process then averages its gradients with the others.
+    captions in T. decode: "beam" or "sample". autocast: gives a context for the captioner's passes;
+    rewards stay in float32. gather, rank: see reward_pools; the processes then average gradients.
     ValueError: a caption without any rival; with center_reward, a batch of one image.
     """
     if decode not in ("beam", "sample"):
@@ -510,8 +507,8 @@ def wtf_step(batch, captioner, discriminator, clip, bank, *, reward="bidirection
              rank=0):
     """WTF alone: each GT caption is taught with its own reward. -> loss (), info.
 
-    As rl_step without the captioner's own captions: nothing is decoded but the greedy baseline of
-    the similarity reward, the discriminator does not learn. Arguments: see rl_step.
+    Arguments: see rl_step. Nothing is decoded but the greedy baseline of the similarity reward, and
+    the discriminator does not learn.
     """
     captioner.eval()
     rows = batch["rows"]  # (B,)
@@ -555,20 +552,19 @@ def tf_step(batch, captioner, autocast=contextlib.nullcontext):
 #   2 train_discriminator        discriminator               GT against captions of stage 1
 #   3 train_rl                   captioner, discriminator    rewards; GT against its own captions
 #
-# `accelerator` is Hugging Face accelerate's.
-# Several processes hold a copy of the captioner each and a share of every batch. After backward()
-# they average their gradients (`update`), so they make the step of one process with the whole
-# batch (but for BatchNorm, which sees each share alone). DistributedDataParallel would overlap this
-# with the backward pass, but it wants a single forward(), and a step calls encode once and log_prob
-# twice. What is lost is about one transfer of the weights a step.
+# Several processes (`accelerator` is Hugging Face accelerate's) hold a copy of the captioner each
+# and a share of every batch. After backward() they average their gradients (`update`), so they make
+# the step of one process with the whole batch, but for BatchNorm, which sees each share alone.
+# DistributedDataParallel would overlap this with the backward pass, but it wants a single
+# forward(), and a step calls encode once and log_prob twice. About one transfer of the weights a
+# step is lost.
 # AdamW's decay of .01, the norm that gradients are shortened to and the schedule are ours: of the
 # captioner's training nothing is known. The discriminator's Adam is the released code's.
 
 def learning_rate(step, steps, peak, warmup):
     """Linear warm-up, then half a cosine down to a tenth of the peak. Steps count from 0."""
     rising = min(1., (step + 1) / max(1, warmup))
-    # 1 at step 0, near .1 at the last one.
-    falling = .55 + .45 * math.cos(math.pi * step / steps)
+    falling = .55 + .45 * math.cos(math.pi * step / steps)  # from 1 to nearly .1
     return peak * rising * falling
 
 def update(network, optimizer, lr, accelerator, largest_norm=math.inf):
@@ -604,8 +600,8 @@ def train_tf(captioner, images, plan, validate, *, run, accelerator, steps, lr, 
     """Stage 1: teacher forcing on GT captions, which makes true and generic captions.
 
     images: CaptionImages; plan: the batches, see batch_plan; grad_accum: batches a step.
-    validate("TF step 500") -> metrics, every eval_every steps. run: folder of checkpoint and log.
-    Goes on from its checkpoint.
+    validate(captioner, "TF step 500") -> metrics, every eval_every steps. run: folder of log and
+    checkpoint, from which it goes on.
     """
     optimizer = torch.optim.AdamW(captioner.parameters(), lr=lr, weight_decay=.01)
     parts = {"captioner": captioner, "captioner_optimizer": optimizer}
@@ -624,7 +620,7 @@ def train_tf(captioner, images, plan, validate, *, run, accelerator, steps, lr, 
         rate = learning_rate(step, steps, lr, warmup)
         info["grad_captioner"] = update(captioner, optimizer, rate, accelerator, largest_norm=1.)
         if (step + 1) % eval_every == 0:
-            info.update(validate(f"TF step {step + 1}"))
+            info.update(validate(captioner, f"TF step {step + 1}"))
         write_log(run, "tf", step + 1, info, accelerator)
         bar.set_postfix({"log p": f"{info['log_p_gt']:.3f}"})
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
@@ -634,7 +630,6 @@ def train_discriminator(discriminator, i, t_gt, t_generated, steps=1000, lr=1e-3
     """Stage 2: GT captions against captions after TF, or against broken ones.
 
     i, t_gt, t_generated (n,D): row k of all three is about one image.
-
     paper: the discriminator starts pre-trained. How long and on what is not known.
     """
     optimizer = torch.optim.AdamW(discriminator.parameters(), lr=lr, weight_decay=.05)
@@ -653,17 +648,16 @@ def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, ru
     method: keyword arguments of rl_step. grad_accum: the batches of a step keep pools and a zero of
     their own, so they are not the same as one larger batch. The rest: see train_tf.
     """
-    captioner_optimizer = torch.optim.AdamW(captioner.parameters(), lr=lr, weight_decay=.01)
+    optimizer = torch.optim.AdamW(captioner.parameters(), lr=lr, weight_decay=.01)
     # paper: Adam at a constant 7e-5 for the discriminator, no warm-up, no decay [C]
     disc_optimizer = torch.optim.Adam(discriminator.parameters(), lr=disc_lr)
-    parts = {"captioner": captioner, "captioner_optimizer": captioner_optimizer,
+    parts = {"captioner": captioner, "captioner_optimizer": optimizer,
              "discriminator": discriminator, "discriminator_optimizer": disc_optimizer}
     start = load_checkpoint(run, "rl", parts, accelerator)
     batches = load_batches(images, plan[start * grad_accum:], accelerator)
     bar = tqdm(range(start, steps), "RL", initial=start, total=steps,
                disable=not accelerator.is_main_process)
     for step in bar:
-        began = time.perf_counter()
         infos = []
         for _ in range(grad_accum):
             loss, d_loss, info = rl_step(
@@ -676,13 +670,11 @@ def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, ru
             infos.append(info)
         info = whole_batch_means(infos, accelerator)
         rate = learning_rate(step, steps, lr, warmup)
-        info["grad_captioner"] = update(captioner, captioner_optimizer, rate, accelerator,
-                                        largest_norm=1.)
+        info["grad_captioner"] = update(captioner, optimizer, rate, accelerator, largest_norm=1.)
         if "d_accuracy" in info:  # the discriminator has a gradient
             info["grad_discriminator"] = update(discriminator, disc_optimizer, disc_lr, accelerator)
-        info["seconds"] = time.perf_counter() - began
         if (step + 1) % eval_every == 0 or step + 1 == steps:
-            info.update(validate(f"RL step {step + 1}"))
+            info.update(validate(captioner, f"RL step {step + 1}"))
         write_log(run, "rl", step + 1, info, accelerator)
         shown = ("r_policy", "r_gt", "log_p_policy", "d_accuracy")
         bar.set_postfix({name: f"{info[name]:.3f}" for name in shown if name in info})
@@ -698,8 +690,7 @@ def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, ru
 #                                         gain under the reward's CLIP alone is reward hacking
 #   does it fit the image by itself?      CLIPScore
 #   does it read as a human's?            BLEU, ROUGE-L, CIDEr, METEOR, SPICE against references,
-#                                         which punish details that no reference has: in the paper
-#                                         CIDEr falls from 109 to 76
+#                                         which punish what none of them says: CIDEr 109 to 76 [S]
 #   do the captions differ?               Self-BLEU and diversity
 #   are they true?                        oracle_metrics of appendix A, in the toy world
 
@@ -787,8 +778,7 @@ def self_bleu(captions, n=5, epsilon=.1):
             continue  # no word in common: BLEU is 0 by definition
         log_precision = 0.
         for m in range(1, n + 1):
-            possible = max(1, size - m + 1)
-            log_precision += math.log(max(hits[m], epsilon) / possible) / n
+            log_precision += math.log(max(hits[m], epsilon) / max(1, size - m + 1)) / n
         # The brevity penalty asks for the closest length among the others, the shorter of two.
         others = lengths - Counter([size])  # only what is above zero stays
         closest = min(others, key=lambda length: (abs(length - size), length))
@@ -833,10 +823,9 @@ def clip_metrics(captions, clip, emb, prefix):
 def evaluate(captions, items, judges, language=True):
     """All metrics of captions[k], which is about items[k] (section 9).
 
-    -> metrics {name: float or None}, each {name: (n,)} of those that are means over images, notes
-    {name: why it is None}.
     judges: {"": (clip, emb (n,D)), "NAME/": ...}: the reward's CLIP and held-out ones; empty
-    without pictures. language: the metrics against references, in Java.
+    without pictures. language: the metrics against references, in Java. -> metrics {name: float or
+    None}, each {name: (n,)} of those that are means over images, notes {name: why it is None}
     """
     metrics, each, notes = {}, {}, {}
     tokens = captions  # without Java; capitals and punctuation then count in diversity
@@ -846,10 +835,8 @@ def evaluate(captions, items, judges, language=True):
     for label, (clip, emb) in judges.items():
         # The toy world's CLIP knows no word of CLIPScore's prefix.
         means, values = clip_metrics(captions, clip, emb, "" if toy else "A photo depicts ")
-        for name in means:
-            metrics[label + name] = means[name]
-        for name in values:
-            each[label + name] = values[name]
+        metrics.update({label + name: mean for name, mean in means.items()})
+        each.update({label + name: numbers for name, numbers in values.items()})
     if toy:
         metrics.update(oracle_metrics(captions, [item["scene"] for item in items]))
     if language:
@@ -1650,18 +1637,9 @@ def train(args):
     images = CaptionImages(splits["train"], captioner.prepare, text_emb, keep=args.data == "toy")
     common = {"run": run, "accelerator": accelerator, "warmup": args.warmup,
               "grad_accum": args.grad_accum, "checkpoint_every": args.checkpoint_every}
-
-    # It reads `captioner` when it is called: in RL that is the one loaded again after stage 1.
-    def validate(stage):
-        items = splits["val"][:args.eval_images]
-        found = generate_captions(captioner, items, accelerator, "validation", args.num_beams)
-        judge = {"": (clip, emb["val"][:len(items)])}
-        metrics, _, _ = evaluate(found, items, judge, language=False)
-        tqdm.write(f"{stage}: R@1 {metrics['t2i_r1']:.3f} to image, {metrics['i2t_r1']:.3f} to "
-                   "text; two captions and what a human wrote:")
-        for k in (0, len(items) // 2):
-            tqdm.write(f"  {found[k]}   ({items[k]['captions'][0]})")
-        return metrics
+    looks = splits["val"][:args.eval_images]
+    validate = functools.partial(validation, items=looks, clip=clip, emb=emb["val"][:len(looks)],
+                                 accelerator=accelerator, num_beams=args.num_beams)
 
     # Stage 1: the generic captioner that RL starts from. It is loaded again from its folder, so
     # that a run that trained it and one that found it go on from the same bits.
@@ -1681,14 +1659,8 @@ def train(args):
     # Stage 2: the discriminator's start.
     torch.manual_seed(seed)
     discriminator = Discriminator(clip.dim, args.regulariser == "discriminator").to(device)
-    path = run / f"{args.regulariser}_tf.safetensors"
-    if not path.exists():
-        start_discriminator(discriminator, captioner, splits, emb, clip, accelerator,
-                            args.num_beams, seed)
-        if accelerator.is_main_process:
-            save_weights(discriminator, path)
-        accelerator.wait_for_everyone()
-    load_weights(discriminator, path)
+    start_discriminator(run / f"{args.regulariser}_tf.safetensors", discriminator, captioner,
+                        splits, emb, clip, accelerator, args.num_beams, seed)
 
     # Stage 3: RL.
     method = {name: getattr(args, name) for name in METHOD_FLAGS}
@@ -1708,6 +1680,16 @@ def train(args):
         write_results(run / "captions_tf.json", splits["test"], before)
         write_results(run / "captions.json", splits["test"], after)
         report(run, splits["test"], judges)
+
+def validation(captioner, stage, items, clip, emb, accelerator, num_beams):
+    """Scores on validation images, emb (n,D) theirs, and two captions to look at. -> metrics"""
+    found = generate_captions(captioner, items, accelerator, "validation", num_beams)
+    metrics, _, _ = evaluate(found, items, {"": (clip, emb)}, language=False)
+    tqdm.write(f"{stage}: R@1 {metrics['t2i_r1']:.3f} to image, {metrics['i2t_r1']:.3f} to text; "
+               "two captions and what a human wrote:")
+    for k in (0, len(items) // 2):
+        tqdm.write(f"  {found[k]}   ({items[k]['captions'][0]})")
+    return metrics
 
 def load_everything(args, device):
     """What a run needs beside the captioner; all of it is cached. -> splits, clip, emb {"train",
@@ -1826,29 +1808,35 @@ def load_judges(clip, names, items, device):
         judges[f"{text.rstrip('/')}/"] = load_clip(name, tag, device)
     return {label: (judge, embed_images(judge, items)) for label, judge in judges.items()}
 
-def start_discriminator(discriminator, captioner, splits, emb, clip, accelerator, num_beams,
+def start_discriminator(path, discriminator, captioner, splits, emb, clip, accelerator, num_beams,
                         seed):
-    """Train it on up to 2,000 images: GT against captions after TF. Prints its accuracy.
+    """Load its weights after TF from `path`, where they are missing train them first.
 
-    The grammar network, which sees no image, learns GT against GT with a broken word. The accuracy
-    is that on validation images, which neither network has seen.
+    It learns on up to 2,000 images: GT against captions after TF. The grammar network, which sees
+    no image, learns GT against GT with a broken word. The accuracy that is printed is that on
+    validation images, which neither has seen.
     """
-    rng, sets = random.Random(seed), {}
-    for split in ("train", "val"):
-        items = splits[split][:2000]
-        human = [item["captions"][k % len(item["captions"])] for k, item in enumerate(items)]
-        if discriminator.sees_image:
-            other = generate_captions(captioner, items, accelerator, f"TF captions, {split}",
-                                      num_beams)
-        else:
-            other = [corrupt(caption, rng.choice(GRAMMAR_FAULTS), human[k - 1], rng)
-                     for k, caption in enumerate(human)]
-        i = emb[split][:len(items)].float()
-        sets[split] = i, clip.encode_texts(human), clip.encode_texts(other)
-    train_discriminator(discriminator, *sets["train"])
-    with torch.no_grad():
-        _, accuracy = discriminator_loss(discriminator, *sets["val"])
-    print(f"discriminator: right on {accuracy:.3f} of held-out captions, half of them GT")
+    if not path.exists():
+        rng, sets = random.Random(seed), {}
+        for split in ("train", "val"):
+            items = splits[split][:2000]
+            human = [item["captions"][k % len(item["captions"])] for k, item in enumerate(items)]
+            if discriminator.sees_image:
+                other = generate_captions(captioner, items, accelerator, f"TF captions, {split}",
+                                          num_beams)
+            else:
+                other = [corrupt(caption, rng.choice(GRAMMAR_FAULTS), human[k - 1], rng)
+                         for k, caption in enumerate(human)]
+            i = emb[split][:len(items)].float()
+            sets[split] = i, clip.encode_texts(human), clip.encode_texts(other)
+        train_discriminator(discriminator, *sets["train"])
+        with torch.no_grad():
+            _, accuracy = discriminator_loss(discriminator, *sets["val"])
+        print(f"discriminator: right on {accuracy:.3f} of held-out captions, half of them GT")
+        if accelerator.is_main_process:
+            save_weights(discriminator, path)
+        accelerator.wait_for_everyone()
+    load_weights(discriminator, path)
 
 def score_files(files, items, judges, allow_missing=False):
     """Score COCO results files {label: path}: the one way to a score. judges: see evaluate.
