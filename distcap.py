@@ -18,7 +18,7 @@ Captions in CLIP Guided Reinforcement Learning" (ICIP 2024).
     torchrun --nproc-per-node 4 -- distcap.py train ... # the same step on four GPUs
 
 Reading order
-    1 to 4   the paper: rewards, losses, discriminator, one step     50 minutes
+    1 to 4   the paper: rewards, losses, discriminator, one step     60 minutes
     5, 6     training loops and evaluation                           30 minutes
     7 to 11  what these are plugged into: CLIP, captioners, files, commands
     A to D   appendices one may skip: toy world, OFA, faster attention, metrics in Java
