@@ -62,6 +62,7 @@ compare: .venv/ready  ## the study's table, of the rows that are there
 
 .PRECIOUS: runs/study/%/metrics.json runs/study/heldout-%/metrics.json
 runs/study/heldout-%/metrics.json: .venv/ready
+	@mkdir -p runs
 	OMP_NUM_THREADS=1 $(PY) distcap.py train --tf-steps 0 --steps 0 --seed 100$* --images data/toy-$* \
 	  --run runs/study/heldout-$* --overwrite > runs/study-heldout-$*.log 2>&1
 

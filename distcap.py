@@ -1209,6 +1209,7 @@ def load_checkpoint(run, stage, parts, accelerator):
 
 def write_log(run, stage, step, info, accelerator):
     """Append a line to run/log.jsonl: one JSON object with stage, step and what info holds."""
+    # {"stage": "rl", "step": 80, "r_policy": -0.014, "r_gt": -0.054, ..., "t2i_r1": 0.677, ...}
     if accelerator.is_main_process:
         with open(Path(run) / "log.jsonl", "a", encoding="utf-8") as file:
             # The line break comes first: it ends a line that a kill may have cut short.
@@ -1635,6 +1636,11 @@ def generate_captions(captioner, items, accelerator, label, num_beams, batch_siz
 
 def train(args):
     """`distcap.py train`: teacher forcing, the discriminator's start, RL, report. All resume."""
+    # What one sees of it in the toy world, seed 0, 4.5 minutes on two cores:
+    #   TF step 1500: R@1 0.133 to image, 0.137 to text; two captions and what a human wrote: ...
+    #   discriminator: right on 0.969 of held-out captions, half of them GT
+    #   RL step 80: R@1 0.677 to image, 0.680 to text; two captions and what a human wrote: ...
+    # and then the table of report(). (These R@1 search 300 validation images, the table's 500.)
     accelerator = setup_machine(args.device)
     begin_run(args, accelerator)
     run, device, seed = Path(args.run), accelerator.device, args.seed
@@ -1915,6 +1921,10 @@ def print_table(rows, notes):
 
     notes: why some were not computed.
     """
+    #                              after TF                  after RL            best reference
+    # t2i_r1           0.100 [0.074, 0.126]      0.550 [0.506, 0.594]                     0.272
+    # well_formed                     1.000                     1.000                     1.000
+    # spice                               -                         -                         -
     names = [name for name in next(iter(rows.values())) if not name.endswith(("_low", "_high"))]
     first = max(map(len, names))
     print("\n" + " " * first + "".join(f"{label[-25:]:>26}" for label in rows))
@@ -2120,6 +2130,10 @@ def compare(runs):
     Runs that differ by --seed alone share a row, mean ± standard deviation. Its column flags says
     what differs from the first run. heldout_r1: t2i_r1 by the last --eval-clip.
     """
+    # Of rows 9 and 7 of the study, three seeds each, the first columns:
+    #   | run           | flags     | t2i_r1        | i2t_r1        |
+    #   | 9-0, 9-1, 9-2 |           | 0.473 ± 0.010 | 0.514 ± 0.042 |
+    #   | 7-0, 7-1, 7-2 | alpha=1.0 | 0.577 ± 0.038 | 0.627 ± 0.028 |
     metrics_of, flags_of, rows = {}, {}, {}
     for run in runs:
         flags_of[run] = read_config(run)
