@@ -343,7 +343,7 @@ def corrupt(caption, how, other, rng):
 # 4. One step
 # ==================================================================================================
 # Two trajectories of each image earn a reward and teach the captioner: its own caption (RL) and
-# one a human wrote (WTF). What a step does, with the section that explains it:
+# one a human wrote (WTF). What a step does:
 #
 #   pixels --> captioner --> own caption, greedy caption       GT caption from the data
 #                  |                   | CLIP                       | CLIP
@@ -358,17 +358,17 @@ def corrupt(caption, how, other, rng):
 #                  |                               |
 #                  +-----------> loss <------------+
 # What a step needs from its parts. Anything that offers this will do.
-#
 #   captioner, an nn.Module (section 8 has a base class):
 #     encode(pixels (B,3,h,w)) -> states       whatever the other two read
 #     generate(states, num_beams=1, sample=False) -> tokens (B,L)    top beam, greedy or a sample
 #     log_prob(states, tokens) -> (B,)         by caption_log_prob, with gradient
 #     tokens begin with the captioner's start tokens, if it has some; log_prob leaves them out
-#     tokenize(list of B str) -> tokens (B,L)  detokenize(tokens) -> list of B str
+#     tokenize(list of B str) -> tokens (B,L), with the end token; detokenize(tokens) -> list of str
+#   discriminator(i (B,D), t (B,D)) -> logits (B,2), class 1 = human
 #   clip (section 7):
 #     encode_texts(list of n str) -> (n,D)     unit norm, no gradient
 #   bank, a dict of all N training images, to find rivals in:
-#     emb (N,D) CLIP embeddings, unit norm; ids (N,) image ids; near (N,K) rows of mined neighbours
+#     emb (N,D) embeddings of this CLIP; ids (N,) image ids; near (N,K) rows of mined neighbours
 #   batch, a dict of B images (should one come twice, its two captions are rivals):
 #     rows (B,) their rows in the bank; pixels (B,3,h,w); captions: B GT captions; t_gt (B,D) theirs
 
@@ -394,6 +394,8 @@ def reward_pools(t_policy, t_greedy, t_gt, rows, bank, gather=lambda x: x, rank=
     B = len(rows)
     all_rows = gather(rows)  # (W,)
     my_places = rank * B + torch.arange(B, device=rows.device)  # (B,) in all_rows
+    if not torch.equal(all_rows[my_places], rows):
+        raise ValueError(f"gather, rank: the batch of process {rank} is not where it should be")
     blocks = [gather(t_policy)]
     if t_greedy is not None:
         blocks.append(gather(t_greedy))
@@ -432,8 +434,8 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
 
     reward: a name in REWARDS. alpha, tau: see section 1. rl_weight, wtf_weight: of the two terms
     of the loss; rl_weight=0 is wtf_step. gt_in_pool, greedy_in_pool: what joins the captioner's own
-    captions in T. decode: "beam" or "sample". autocast: gives a context for the captioner's passes;
-    rewards stay in float32. gather, rank: see reward_pools; processes then average gradients.
+    captions in T. decode: "beam" or "sample". autocast: gives a context for the captioner's passes
+    alone; rewards need float32. gather, rank: see reward_pools; processes then average gradients.
     ValueError: a caption without any rival; with center_reward, a batch of one image.
     """
     if decode not in ("beam", "sample"):
@@ -600,7 +602,7 @@ def train_tf(captioner, images, plan, validate, *, run, accelerator, steps, lr, 
              grad_accum=1, checkpoint_every=200, eval_every=500):
     """Stage 1: teacher forcing on GT captions, which makes true and generic captions.
 
-    images: CaptionImages; plan: the batches, see batch_plan; grad_accum: batches a step.
+    images: CaptionImages; plan: the batches, see batch_plan; grad_accum: batches of one update.
     validate(captioner, "TF step 500") -> metrics, every eval_every steps. run: folder of log and
     checkpoint, from which it goes on.
     """
@@ -612,7 +614,6 @@ def train_tf(captioner, images, plan, validate, *, run, accelerator, steps, lr, 
                disable=not accelerator.is_main_process)
     for step in bar:
         infos = []
-        # Batches of one step share its update. In TF, BatchNorm apart, they equal one large batch.
         for _ in range(grad_accum):
             loss, info = tf_step(next(batches), captioner, accelerator.autocast)
             (loss / grad_accum).backward()
@@ -789,9 +790,8 @@ def self_bleu(captions, n=5, epsilon=.1):
 def diversity(captions):
     """How varied captions are. captions: list of strings of tokens, best the PTB tokenizer's.
 
-    -> self_bleu, and
-    distinct1, distinct2: different n-grams / n-grams (Li et al. 2016). vocabulary: different words.
-    length: mean words. duplicates: share of captions that equal another one.
+    -> self_bleu; distinct1, distinct2: different n-grams / n-grams (Li et al. 2016); vocabulary:
+    different words; length: mean words; duplicates: share of captions that equal another one
     """
     ones, twos = [], []
     for caption in captions:
@@ -943,6 +943,11 @@ def load_clip(name, pretrained, device):
 #   logits     all words of a given caption in one pass, with gradient: word k is predicted from the
 #              words before it
 #
+#                                     states           V        weights
+#   toy (appendix A)                   36 x 128           47     0.8 M
+#   BLIP-base at 384 pixels           577 x 768       30,524     224 M
+#   OFA-tiny at 256 (appendix B)      264 x 256       59,457      33 M
+#
 # Both must mean the same p, or RL would reinforce one distribution by the captions of another: a
 # test holds that log_prob of a sample is what the search assigned to it.
 
@@ -960,6 +965,8 @@ class Captioner(nn.Module):
         paper: in beams and greedy captions no 3 tokens come twice, and 50 tokens are the end [C].
         """
         super().__init__()
+        if eos is None or pad == eos:
+            raise ValueError(f"eos {eos}, pad {pad}: they must differ, or no caption learns to end")
         self.tokenizer, self.start, self.eos, self.pad = tokenizer, start, eos, pad
         self.max_length, self.no_repeat_ngram = max_length, no_repeat_ngram
         self.room = max_length - len(start) - 1  # for a caption's own tokens, between start and eos
@@ -970,8 +977,12 @@ class Captioner(nn.Module):
         first = len(self.start)
         if tokens[:, :first].tolist() != [self.start] * len(tokens):
             raise ValueError(f"log_prob: each row must begin with the start tokens {self.start}")
+        # transformers takes a pad id of 0 for none and fills short captions up with eos. All but
+        # the first become pads, so that they do not count.
+        eos_so_far = (tokens[:, first:] == self.eos).cumsum(1)  # (B,L-first)
+        words = tokens[:, first:].masked_fill(eos_so_far > 1, self.pad)  # (B,L-first)
         logits = self.logits(states, tokens)[:, first - 1:]  # (B,L-first,V)
-        return caption_log_prob(logits, tokens[:, first:], self.pad)
+        return caption_log_prob(logits, words, self.pad)
 
     def token_ids(self, captions):
         """list of B str -> list of B lists of ids, without start and end, not cut."""
@@ -1039,13 +1050,9 @@ class BlipCaptioner(Captioner):
         """states (B,N,H) -> tokens (B,L): the top beam, the greedy caption or a sample from p."""
         start = torch.tensor([self.start] * len(states), device=states.device)  # (B,1)
         with shared_image_keys(self.model, states):  # appendix C; the result is the same without
-            tokens = self.model.text_decoder.generate(
+            return self.model.text_decoder.generate(
                 input_ids=start, encoder_hidden_states=states,
                 **self.search_options(num_beams, sample))
-        # transformers takes a pad id of 0 for none and fills beams up with eos. log p would count
-        # every eos, so all but the first become pads.
-        eos_so_far = (tokens == self.eos).cumsum(1)  # (B,L)
-        return tokens.masked_fill(eos_so_far > 1, self.pad)
 
     def logits(self, states, tokens):
         """states (B,N,H), tokens (B,L) -> (B,L-1,V)."""
@@ -1095,6 +1102,9 @@ def load_blip(folder):
 
 def load_captioner(name):
     """Hub name or local folder -> Captioner, by the model_type in its config.json.
+
+    From the hub come safetensors, and pytorch_model.bin only where there are none (OFA's): it is
+    read without unpickling anything but tensors.
 
     CAPTIONERS holds the loaders; put one of your own into it. UserError says what is wrong.
     """
@@ -1390,6 +1400,7 @@ def load_predictions(path, items, allow_missing=False):
     UserError names unknown, doubled and missing images (allow_missing leaves the last out).
     """
     data = read_json(path, "COCO results: a list of {image_id, caption}")
+    # An empty caption is a caption: the system failed on that image, and its scores must show it.
     known, found = {item["image_id"] for item in items}, {}
     with explained(path, "not COCO results: a list of {image_id, caption}"):
         for entry in data:
@@ -1549,7 +1560,10 @@ def batch_plan(items, batch_size, seed, batches):
     return [picks[k * batch_size:(k + 1) * batch_size] for k in range(batches)]
 
 class CaptionImages(torch.utils.data.Dataset):
-    """(row, reference) -> that image with that caption, an entry of section 4's batch."""
+    """(row, reference) -> that image with that caption, an entry of section 4's batch.
+
+    torch's loader stacks the entries of a batch; captions, being text, become a list.
+    """
 
     def __init__(self, items, prepare, text_emb=None, keep=False):
         """prepare: the captioner's. text_emb (all captions,D), in the items' order; RL needs it.
@@ -1630,9 +1644,16 @@ def generate_captions(captioner, items, accelerator, label, num_beams, batch_siz
 #   captions_tf.json, captions.json                    of the test images, as COCO results
 #   metrics.json, report.png                           their scores, the picture
 #
+# How captions become scores, whoever wrote them:
+#
+#   train                 captioners just trained --> captions_tf.json, captions.json --> report
+#   eval --run            captioners loaded       --> the same two files again        --> report
+#   eval --predictions    another system          --> files of any name              --> print_table
+#                                                           |
+#                                     score_files: load_predictions, evaluate, bootstrap
+#
 # Each stage looks whether what it makes is there already: so --resume skips it, and --start copies
-# it from another run first. Captions are scored from their files, however they came about
-# (score_files).
+# it from another run first.
 
 def train(args):
     """`distcap.py train`: teacher forcing, the discriminator's start, RL, report. All resume."""
@@ -1743,6 +1764,7 @@ def all_captions(items):
         captions += item["captions"]
     return captions
 
+# Flags that rl_step takes as they are.
 METHOD_FLAGS = ("reward", "alpha", "rl_weight", "wtf_weight", "gt_in_pool", "decode", "num_beams",
                 "center_reward")
 
@@ -2120,6 +2142,7 @@ def caption_command(images, run, device):
     for path, caption in zip(images, captions):
         print(f"{path}: {caption}")
 
+# The columns of `compare`, and the flags that make no difference to what a run is.
 COMPARED = ("t2i_r1", "i2t_r1", "heldout_r1", "oracle_r1", "cider", "well_formed", "true")
 NOT_COMPARED = ("run", "seed", "start", "clip", "eval_clip", "images", "overwrite", "resume",
                 "device", "processes")
@@ -2204,6 +2227,7 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low, high=math.inf):
     """An argparse type: a `kind` from low to high."""
+    # number(int, 1)("0") ends in: '0' is not int in 1 .. inf
     def parse(text):
         try:
             value = kind(text)
@@ -2375,7 +2399,8 @@ OPENERS = ("", "there is", "i see", "this is", "here we have")
 UNSAID = {"size a": "", "color a": "", "shape a": "shape", "relation": "and",
           "size b": "", "color b": "", "shape b": "shape", "ground": ""}
 
-# A writer picks facts one by one with these weights.
+# A writer picks facts one by one with these weights. The share of the 40,000 training captions that
+# then state a fact: a shape .89, a colour .82, a size .43, the background .49, the relation .26.
 WEIGHTS = {"shape a": 30, "shape b": 30, "color a": 12, "color b": 12, "size a": 2, "size b": 2,
            "ground": 2, "relation": 1}
 EVEN = dict.fromkeys(WEIGHTS, 1)
@@ -2498,6 +2523,7 @@ def toy_limits(items):
     """What captions could reach: of each image the reference with most facts, and all facts."""
     best, everything = [], []
     for item in items:
+        # The reference that leaves fewest of the eight facts unsaid.
         best.append(min(item["captions"], key=lambda caption: parse_caption(caption).count("")))
         everything.append(describe(item["scene"], random.Random(0), 8, 8, EVEN, shy=0))
     return {"best reference": best, "ceiling: all facts": everything}
@@ -2554,7 +2580,7 @@ class ConvEncoder(nn.Module):
         return (self.norm(grid.flatten(2).mT + self.position),)
 
 class ToyCaptioner(BlipCaptioner):
-    """A BLIP of 0.85 M parameters with a ConvEncoder for eyes.
+    """A BLIP of 0.8 M parameters with a ConvEncoder for eyes.
 
     The same class and decoder as BLIP-base, so the toy run tests what COCO needs.
     """
@@ -2731,6 +2757,8 @@ class OFALayer(nn.ModuleDict):
         cache: all layers' keys and values of tokens before x, to which it adds its own.
         memory: keys and values of the image and the question, in the decoder.
         """
+        # Three times, in the encoder two: x = x + norm( part( norm(x) ) ), where part is
+        #   self attention, cross attention (decoder), fc2 gelu fc1 (its second norm before fc2)
         y = self.self_attn_layer_norm(x)
         keys, values = cache.update(*self.self_attn.read(y), k)
         y = self.self_attn(y, keys, values, bias)
@@ -2982,6 +3010,8 @@ def speed_up(model):
 
         def forward(self, hidden_states, *rest, **more):
             """(BK,u,H) -> (BK,u,H), None."""
+            # Of 2 images and 5 beams come 10 rows, 5 in a row of one image. Attention takes each
+            # query alone, so the 5 may stand behind each other: (10,u,H) is read as (2,5u,H).
             if self.shared is None:
                 return super().forward(hidden_states, *rest, **more)
             key, value = self.shared  # (B,heads,N,H/heads)

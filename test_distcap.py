@@ -627,17 +627,20 @@ def test_samples_are_drawn_from_p_and_log_p_is_what_generation_assigned():
     rare = p.topk(14, largest=False)  # transformers by itself never draws these
     assert rare.values.sum() * n > 20 and torch.isin(drawn, rare.indices).any()
 
-def test_tokens_go_there_and_back_and_a_beam_ends_with_one_eos_and_pads(monkeypatch):
+def test_tokens_go_there_and_back_and_log_p_counts_one_eos(monkeypatch):
     (captioner, *_), _ = frozen_case()
     tokens = captioner.tokenize(["w07 w59", "w00"])
     assert tokens.tolist() == [[1, 11, 63, 2], [1, 4, 2, 0]]
     assert captioner.detokenize(tokens) == ["w07 w59", "w00"]
     assert captioner.tokenize(["w01 " * 500])[0].tolist() == [1, *[5] * 62, 2]
-    # transformers fills short beams up with eos where the pad id is 0; log p would count each
+    # transformers fills short beams up with eos where the pad id is 0; log p must not count each
     filled = torch.tensor([[1, 7, 2, 2, 2], [1, 7, 8, 9, 2], [1, 2, 2, 2, 2], [1, 7, 8, 9, 9]])
-    monkeypatch.setattr(captioner.model.text_decoder, "generate", lambda **_: filled)
-    assert captioner.generate(torch.zeros(4, 16, 32), num_beams=5).tolist() == [
-        [1, 7, 2, 0, 0], [1, 7, 8, 9, 2], [1, 2, 0, 0, 0], [1, 7, 8, 9, 9]]
+    padded = torch.tensor([[1, 7, 2, 0, 0], [1, 7, 8, 9, 2], [1, 2, 0, 0, 0], [1, 7, 8, 9, 9]])
+    logits = captioner.logits(torch.randn(4, 16, 32), filled)
+    monkeypatch.setattr(captioner, "logits", lambda *_: logits)
+    assert torch.equal(captioner.log_prob(None, filled), captioner.log_prob(None, padded))
+    with pytest.raises(ValueError, match="must differ"):
+        m.Captioner(None, [1], 2, 2, 40)
 
 def head_for_retrieval(folder):
     from transformers import BlipConfig, BlipForImageTextRetrieval
