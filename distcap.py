@@ -745,9 +745,9 @@ def retrieval(t, i, block=1024):
 def self_bleu(captions, n=5, epsilon=.1):
     """Mean BLEU-n of each caption against all others (Zhu et al. 2018); None below two captions.
 
-    captions: list of strings of tokens. 1: all are alike and have n words or more. Source: released
-    code, 5-grams and smoothing method 1: no match counts as .1. It takes the first 1,000 captions,
-    this takes all, and more captions give more matches: compare sets of one size.
+    captions: list of strings of tokens. 1: each equals another one and has n words or more. Source:
+    released code, 5-grams and smoothing method 1: no match counts as .1. It takes the first 1,000
+    captions, this takes all, and more give more matches: compare sets of one size.
     """
     sentences = [caption.split() for caption in captions]
     if len(sentences) < 2:
@@ -853,7 +853,7 @@ def evaluate(captions, items, judges, language=True):
 # ==================================================================================================
 # CLIP embeds images and captions in one space, learned so that an image lies near its own caption
 # and far from others. Here it is the judge and never learns: what it cannot see (in the toy world,
-# who is left of whom), no reward can teach, and what it likes too much, RL will find. A second CLIP
+# how two objects lie), no reward can teach, and what it likes too much, RL will find. A second CLIP
 # that gave no reward (--eval-clip) shows whether captions became better or only more to its taste.
 #
 #                        pixels     D    tokens it reads    tau    weights
@@ -880,8 +880,8 @@ class FrozenClip:
         self.dim = self.encode_texts(["a"]).shape[-1]
 
     def key(self):
-        """Hash of the weights as they are now and of the preprocessing: names caches. -> str"""
-        digest = hashlib.sha256(str(self.preprocess).encode())
+        """Hash of the weights as they are, the architecture and the preprocessing. -> str"""
+        digest = hashlib.sha256(f"{self.preprocess}{self.model}".encode())
         for weight in self.model.state_dict().values():
             digest.update(weight.float().cpu().numpy().tobytes())  # NumPy has no bfloat16
         return digest.hexdigest()
@@ -925,15 +925,16 @@ def load_clip(name, pretrained, device):
     # load_clip("ViT-B-32", "mine.safetensors", "cuda")  an architecture with weights of your own
     # load_clip("runs/toy/clip", "", "cpu")              a folder, which says itself what it holds
     import open_clip
+    source = name
     if os.path.isdir(name):
-        name, pretrained = f"local-dir:{name}", None
+        source, pretrained = f"local-dir:{name}", None
     logging.disable(logging.ERROR)  # open_clip logs what is raised here in one line
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(
-            name, pretrained=pretrained, require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(name)
+            source, pretrained=pretrained, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(source)
     except Exception as error:  # many kinds, one meaning: no such weights here
-        raise UserError(f"--clip {name} --clip-pretrained {pretrained!r}: cannot be loaded "
+        raise UserError(f"CLIP {name}, weights {pretrained!r}: cannot be loaded "
                         f"({first_words(error)}); the toy world needs no download") from None
     finally:
         logging.disable(logging.NOTSET)
@@ -953,10 +954,11 @@ def load_clip(name, pretrained, device):
 #                                     states           V        weights
 #   toy (appendix A)                   36 x 128           47     0.8 M
 #   BLIP-base at 384 pixels           577 x 768       30,524     224 M
-#   OFA-tiny at 256 (appendix B)      264 x 256       59,457      33 M
+#   OFA-tiny at 256 (appendix B)      264 x 256 *     59,457      33 M
+#   * as keys and values of each layer
 #
-# Both must mean the same p, or RL would reinforce one distribution by the captions of another: a
-# test holds that log_prob of a sample is what the search assigned to it.
+# generate and logits must mean the same p, or RL would reinforce one distribution by the captions
+# of another: a test holds that log_prob of a sample is what the search assigned to it.
 
 class Captioner(nn.Module):
     """The contract of section 4 for models with a Hugging Face tokenizer.
@@ -984,8 +986,8 @@ class Captioner(nn.Module):
         first = len(self.start)
         if tokens[:, :first].tolist() != [self.start] * len(tokens):
             raise ValueError(f"log_prob: each row must begin with the start tokens {self.start}")
-        # transformers takes a pad id of 0 for none and fills short captions up with eos. All but
-        # the first become pads, so that they do not count.
+        # transformers' beam search takes a pad id of 0 for none and fills short captions up with
+        # eos. All but the first become pads, so that they do not count.
         eos_so_far = (tokens[:, first:] == self.eos).cumsum(1)  # (B,L-first)
         words = tokens[:, first:].masked_fill(eos_so_far > 1, self.pad)  # (B,L-first)
         logits = self.logits(states, tokens)[:, first - 1:]  # (B,L-first,V)
@@ -1078,7 +1080,6 @@ class BlipCaptioner(Captioner):
 
 def square_pixels(image, side):
     """PIL RGB image -> (3,side,side) in -1 .. 1, resized by bicubic interpolation."""
-    # (side,side,3) of 0 .. 255 becomes (3,side,side) of -1 .. 1.
     return torch.from_numpy(np.array(image.resize((side, side)))).permute(2, 0, 1) / 127.5 - 1
 
 def process_image(image_processor, image):
@@ -1090,8 +1091,8 @@ def load_blip(folder):
 
     UserError: a weight that the files lack, or parts that do not fit each other.
     """
-    # What transformers takes without a word: it draws a missing weight at random, gives smaller
-    # pictures the first of its positions, and lets log p count a pad that it does not know.
+    # transformers only logs that it drew a missing weight at random, and gives smaller pictures the
+    # first of its positions. A pad or end id that the tokenizer does not know would become a word.
     from transformers import BlipForConditionalGeneration, BlipProcessor
     processor = BlipProcessor.from_pretrained(folder)
     model, found = BlipForConditionalGeneration.from_pretrained(
@@ -1198,8 +1199,8 @@ def save_checkpoint(run, stage, step, parts, accelerator):
     """What a stage needs to go on: networks, optimisers and each process's random state.
 
     On a CPU a resumed run then equals an uninterrupted one bit for bit. The data needs no state:
-    batch_plan gives batch k from the seed alone. The file is about three times the captioner's
-    size, since AdamW keeps two numbers beside each weight.
+    batch_plan gives batch k from the seed alone. The file is about three times as large as
+    its networks, since AdamW keeps two numbers beside each weight.
 
     parts: {name: what has a state_dict}. All processes call it, the main one writes.
     """
@@ -1215,7 +1216,7 @@ def save_checkpoint(run, stage, step, parts, accelerator):
 def load_checkpoint(run, stage, parts, accelerator):
     """Fill `parts` from the stage's checkpoint. -> the step to go on from; 0 without one.
 
-    accelerate's own load_state unpickles, which could run code from the file; this does not.
+    Nothing but tensors and plain values is unpickled, so the file can run no code.
     """
     path = Path(run) / "checkpoint.pt"
     if not path.exists():
@@ -1234,7 +1235,7 @@ def load_checkpoint(run, stage, parts, accelerator):
 
 def write_log(run, stage, step, info, accelerator):
     """Append a line to run/log.jsonl: one JSON object with stage, step and what info holds."""
-    # {"stage": "rl", "step": 80, "r_policy": -0.014, "r_gt": -0.054, ..., "t2i_r1": 0.677, ...}
+    # {"stage": "rl", "step": 80, "r_policy": -0.016, "r_gt": -0.070, ..., "t2i_r1": 0.677, ...}
     if accelerator.is_main_process:
         with open(Path(run) / "log.jsonl", "a", encoding="utf-8") as file:
             # The line break comes first: it ends a line that a kill may have cut short.
@@ -1245,7 +1246,6 @@ def read_log(run):
 
     A killed run logs some steps again after --resume; the later entry counts.
     """
-    # Killed at step 130 with a checkpoint at 100, a run holds steps 1 to 130, then 101 to its end.
     path, entries = Path(run) / "log.jsonl", {}
     if path.exists():
         for line in path.read_text("utf-8").splitlines():
@@ -1316,7 +1316,6 @@ def warn_about(captions, source):
 
 def as_id(value):
     """An image id: numbers written as text become numbers, so that "7" and 7 are one image."""
-    # as_id("7") is 7; as_id("7_a") stays "7_a".
     if isinstance(value, str) and value.strip().isdigit():
         return int(value)
     return value
@@ -1473,8 +1472,8 @@ def cached_rows(clip, things, compute, label, folder="data/cache", chunk=8192):
     """compute(some of `things`) -> (n,D), a chunk at a time, kept on disk. -> (N,D) float16.
 
     things: what JSON can hold, a caption or a file with its state. A chunk's file is named by a
-    hash of CLIP's weights, its preprocessing and the things themselves, so nothing stale is read;
-    a killed pass loses one chunk. float16 moves a cosine by less than .001 and halves the memory:
+    hash of CLIP (see key) and of the things themselves, so only another tokenizer goes unnoticed; a
+    killed pass loses one chunk. float16 moves a cosine by less than .001 and halves the memory:
     COCO's 567,000 training captions take 0.6 GB.
     """
     # 20,000 things make three files, of 8,192, 8,192 and 3,616 rows.
@@ -1509,7 +1508,7 @@ def read_all(prepare, files):
     return pixels, errors
 
 def embed_images(clip, items, folder="data/cache"):
-    """Embed each item's file once -> (N,D) float16. UserError counts bad files, names the first."""
+    """Embed each item's file once -> (N,D) float16. UserError counts bad files, names three."""
     # file --> open_image --> clip.preprocess --> encode_images --> cache
     # The first two steps are those of read_all, of large sets in processes of their own.
     def compute(some):
@@ -1602,9 +1601,6 @@ class CaptionImages(torch.utils.data.Dataset):
         counts = [len(item["captions"]) for item in items]
         self.first_caption = np.cumsum([0, *counts])  # (N+1,) an image's first row of text_emb
 
-    def __len__(self):
-        return len(self.items)
-
     def __getitem__(self, pick):
         row, reference = pick
         item = self.items[row]
@@ -1658,7 +1654,7 @@ def generate_captions(captioner, items, accelerator, label, num_beams, batch_siz
 # ==================================================================================================
 # 10. Commands
 # ==================================================================================================
-# A command is a function of the parsed flags. What a run's folder holds, in order of making:
+# A command is a function. What a run's folder holds, in order of making:
 #
 #   config.json                    all flags of the run
 #   clip/                          the toy world's CLIP
@@ -1770,7 +1766,7 @@ def load_everything(args, device):
     # CLIP is frozen, so each training picture and caption passes it once: here, never in a step.
     splits = load_items(args)
     folder = Path(args.run) / "clip"
-    if not args.clip and not folder.exists():
+    if not args.clip and not (folder / "open_clip_model.safetensors").exists():
         train_toy_clip(splits["train"], folder, args.seed, device)
     clip = load_clip(args.clip or str(folder), args.clip_pretrained, device)
     emb = {split: embed_images(clip, splits[split]).to(device) for split in ("train", "val")}
@@ -1825,16 +1821,17 @@ def begin_run(args, accelerator):
         if not args.overwrite or not (run / "config.json").exists():
             raise UserError(f"{run}: not empty; --resume goes on with a run, --overwrite deletes "
                             "one (never another folder), --run names another place")
+        read_config(run)  # refuses a model's folder, which has a config.json too
         shutil.rmtree(run)
     with explained(run, "cannot be written"):
         run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "config.json", vars(args))
         if args.start:  # what RL starts from; all else is made anew
             for part in ("clip", "captioner_tf"):
                 if (Path(args.start) / part).exists():
                     shutil.copytree(Path(args.start) / part, run / part, dirs_exist_ok=True)
             for path in Path(args.start).glob("*_tf.safetensors"):
                 shutil.copy(path, run)
-        write_json(run / "config.json", vars(args))
 
 def read_config(run):
     """The flags of a run. -> dict. UserError: no run there."""
@@ -1878,9 +1875,10 @@ def load_items(args):
 def load_judges(clip, names, items, device):
     """The CLIPs that judge captions of the items: the reward's own, then each of --eval-clip.
 
-    names: NAME (OpenAI's weights), NAME:PRETRAINED or a folder. -> judges as evaluate wants them
+    names: NAME (OpenAI's weights, which want NAME-quickgelu), NAME:PRETRAINED or a folder.
+    -> judges as evaluate wants them
     """
-    # --eval-clip ViT-L-14 adds metrics named "ViT-L-14/t2i_r1", "ViT-L-14/clip_score" and so on.
+    # --eval-clip ViT-L-14-quickgelu adds metrics named "ViT-L-14-quickgelu/t2i_r1" and so on.
     judges = {"": clip}
     for text in names or ():
         name, tag = text, "openai"
@@ -1920,7 +1918,7 @@ def start_discriminator(path, discriminator, captioner, splits, emb, clip, accel
     load_weights(discriminator, path)
 
 def score_files(files, items, judges, allow_missing=False):
-    """Score COCO results files {label: path}: the one way to a score. judges: see evaluate.
+    """Score COCO results files {label: path}. judges: see evaluate.
 
     -> rows {label: metrics with 95 % intervals}, each {label: {name: (n,)}}, notes, captions
     {label: list of n str}, the n items that every file has a caption of.
@@ -1936,10 +1934,11 @@ def score_files(files, items, judges, allow_missing=False):
         raise UserError(f"{' and '.join(map(str, files.values()))}: no image in common")
     kept = [items[place] for place in places]
     judges = {name: (clip, emb[places]) for name, (clip, emb) in judges.items()}
-    rows, each, texts = {}, {}, {}
+    rows, each, texts, notes = {}, {}, {}, {}
     for label, captions in found.items():
         texts[label] = [captions[item["image_id"]] for item in kept]
-        rows[label], each[label], notes = evaluate(texts[label], kept, judges)
+        rows[label], each[label], why = evaluate(texts[label], kept, judges)
+        notes.update(why)
         rows[label].update(bootstrap(each[label]))
         for name, (clip, _) in judges.items():
             report_cut(clip, f"{label} {name}".strip())
@@ -1951,8 +1950,7 @@ def bootstrap(each, draws=1000):
     Percentiles of the means of queries drawn with replacement. What the queries search in stays,
     and so does the model: the interval says nothing about another seed.
     """
-    # A recall of .55 over 500 images gives about .506 to .594, as 1.96 sqrt(.55 * .45 / 500) says;
-    # CIDEr is no share, so only drawing gives its interval.
+    # A recall of .55 over 500 images gives about .506 to .594, as 1.96 sqrt(.55 * .45 / 500) says.
     rng = np.random.default_rng(0)
     ends = {}
     for name, values in each.items():
@@ -2024,8 +2022,9 @@ def report(run, items, judges):
 # What to look for in the picture:
 #   1  RL's reward passes that of human captions: it then names more than a person does. Far above,
 #      with panel 3 falling, it pleases CLIP and no longer tells the truth.
-#   2  recall above the grey line (the best of five references) is what no human caption here
-#      reaches. Recall by facts that falls while CLIP's rises is reward hacking.
+#   2  the grey line is the best of five references on the 500 test images; on the 300 of the curves
+#      it would lie higher (.39 for .27, seed 0). Recall by facts that falls while CLIP's rises is
+#      reward hacking.
 #   3  accuracy near 1: the discriminator tells each generated caption at once; near .5: it cannot,
 #      because they read like human ones or because it learns too slowly.
 CURVES = {
@@ -2143,7 +2142,8 @@ def print_robustness(discriminator, items, clip, i):
 
     detected: share called generated (of "gt": false alarms). fooled: CLIP's cosine is at least
     the GT caption's. A fault that CLIP is fooled by and the discriminator misses is what a reward
-    made of both will teach. Broken captions are new to it: in training it saw generated ones.
+    made of both will teach. Broken captions are new to it (not to the grammar network): in training
+    it saw generated ones.
     """
     # After `make train`, seed 0:            detected  CLIP fooled
     #   gt                                     .160      1.000
@@ -2177,16 +2177,16 @@ def caption_command(images, run, device):
     for path, caption in zip(images, captions):
         print(f"{path}: {caption}")
 
-# The columns of `compare`, and the flags that make no difference to what a run is.
+# The columns of `compare`, and the flags in which runs of one row may differ.
 COMPARED = ("t2i_r1", "i2t_r1", "heldout_r1", "oracle_r1", "cider", "well_formed", "true")
-NOT_COMPARED = ("run", "seed", "start", "clip", "eval_clip", "images", "overwrite", "resume",
+NOT_COMPARED = ("run", "seed", "start", "eval_clip", "images", "overwrite", "resume",
                 "device", "processes")
 
 def compare(runs):
     """`distcap.py compare RUN...`: finished runs as a Markdown table.
 
-    Runs that differ by --seed alone share a row, mean ± standard deviation. Its column flags says
-    what differs from the first run. heldout_r1: t2i_r1 by the last --eval-clip.
+    Runs that differ in --seed or paths alone share a row, mean ± standard deviation. Its column
+    flags says what differs from the first run. heldout_r1: t2i_r1 by the last --eval-clip.
     """
     # Of rows 9 and 7 of the study, three seeds each, the first columns:
     #   | run           | flags     | t2i_r1        | i2t_r1        |
@@ -2222,8 +2222,8 @@ def compare(runs):
 # ==================================================================================================
 
 # The parser is read twice: first to learn the command, --data and --preset, then with the defaults
-# that belong to them. So a typed flag always wins over a preset, and --help shows the defaults for
-# real data.
+# that belong to them; with --resume a third time, with those of the run. So a typed flag always
+# wins over a preset.
 #
 #   train --lr 1e-3                               TOY, since toy is the default of --data; lr 1e-3
 #   train --data coco ... --preset paper --steps 9     PAPER; 9 steps
@@ -2231,7 +2231,7 @@ def compare(runs):
 
 SPLITS = ("train", "val", "test")
 
-# The toy world's settings, for a world of 31 words that two cores learn in minutes.
+# The toy world's settings, for a world of 43 words that two cores learn in minutes.
 #   tf_steps   with 1,300 the captioner sees a little worse: 2.4 % of its facts are wrong, not 1.6 %
 #   steps, lr  80 steps pass the best of five references by facts too (oracle R@1) on seeds 0 to 2;
 #              50 do so on one of them
@@ -2243,8 +2243,9 @@ TOY = {
     "wtf_weight": 1., "disc_lr": 3e-3, "eval_every": 10, "eval_images": 300,
     "checkpoint_every": 40}
 # The paper's setting: [S] slides, [C] released code, [A] the summary. What nobody has printed is
-# marked as ours; it was not tuned, since nobody here has run COCO. There, 20,000 TF steps of 32
-# visit each of the 567,000 training captions about once, 5,000 RL steps each image about 1.4 times.
+# marked as ours; it was not tuned, since nobody here has run COCO. 20,000 TF steps of 32
+# draw 640,000 captions, where COCO's training split has 567,000; 5,000 RL steps visit each of its
+# images once or twice.
 PAPER = {
     "captioner": "OFA-Sys/ofa-tiny",  # [A]; at 256 pixels [C]
     "clip": "ViT-B-32-quickgelu", "clip_pretrained": "openai", "tau": None,  # [C]; tau is .01
@@ -2275,9 +2276,8 @@ def number(kind, low, high=math.inf):
 
 def build_parser():
     """The command line. -> parser, {name: parser of that command}."""
-    # What has no flag stands where it is used, as a keyword default: in train_tf and train_rl how
-    # often to save, in Captioner the 3-grams and the 50 tokens, in train_discriminator its steps.
-    # What TOY or PAPER change of that is a setting without a flag, at the end.
+    # What has no flag is a keyword default where it is used, as the 3-grams and 50 tokens of
+    # Captioner, or, where TOY or PAPER change it, a setting at the end of this function.
     count, share, weight = number(int, 1), number(float, 0, 1), number(float, 0)
     positive = number(float, 1e-12)
     parser = Parser(prog="distcap.py", description="Distinctive captioning, arXiv 2402.13936.")
@@ -2344,9 +2344,8 @@ def build_parser():
     caption_parser.add_argument("image", nargs="+", help="image files")
     compare_parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
     # Settings without a flag, for real data.
-    for command in (train_parser, eval_parser):
-        command.set_defaults(tf_lr=2e-5, warmup=100, eval_every=500, eval_images=1000, split="test",
-                             checkpoint_every=200, processes=None)
+    train_parser.set_defaults(tf_lr=2e-5, warmup=100, eval_every=500, eval_images=1000,
+                              checkpoint_every=200, processes=None)
     return parser, commands.choices
 
 def parse_flags(argv):
@@ -2408,9 +2407,9 @@ def setup_machine(device):
 #
 # Two objects lie side by side or one above the other, on a background: eight facts. Scenes come in
 # groups of four twins that differ in the objects' sizes alone, so retrieval needs the sizes. People
-# (`describe`) write true sentences with a budget: mostly shapes, often colours, seldom a size or
-# the background, and nobody says everything. So teacher forcing learns captions that are true and
-# generic, and no single human caption is as distinctive as one could be.
+# (`describe`) write true sentences with a budget: mostly shapes, often colours, less often a size
+# or the background, and nobody says everything. So teacher forcing learns captions that are true
+# and generic, and no single human caption is as distinctive as one could be.
 #
 # One scene, and what people may say of it:
 #   a large red circle above a small blue cross, on gray        all 8 facts
@@ -2505,7 +2504,7 @@ def scene_facts(scene):
             [*second.values(), after, *first.values(), scene["ground"]]]
 
 def describe(scene, rng, low=4, high=7, weights=WEIGHTS, shy=.1):
-    """Scene -> a true caption of low to high facts; a share `shy` says just "two shapes"."""
+    """Scene -> a true caption of low to high facts; a share `shy` says little but "two shapes"."""
     # With a budget of 5 a writer may pick shape a, shape b, color a, color b and size a:
     #   "there is a huge red circle and a blue cross"
     facts, _ = rng.sample(scene_facts(scene), 2)  # either object may be named first
@@ -2548,8 +2547,8 @@ def oracle_metrics(captions, scenes):
     scene; the two objects may be taken either way round.
     """
     # Of the scene at the head of this appendix "a blue cross over a red circle" states 5 facts and
-    # 4 hold: the relation is wrong. In its twins, which differ in sizes alone, as many hold: the
-    # four share the hit, and oracle_r1 is 1/4 for this caption.
+    # 4 hold: the relation is wrong. In its twins, which differ in sizes alone, as many hold, and in
+    # other scenes of these two looks: all share the hit, and oracle_r1 is at most 1/4.
     n = len(captions)
     facts = np.array(list(map(scene_facts, scenes)))  # (n,2,8) words
     parsed = list(map(parse_caption, captions))
@@ -2566,7 +2565,6 @@ def toy_limits(items):
     """What captions could reach: of each image the reference with most facts, and all facts."""
     best, everything = [], []
     for item in items:
-        # The reference that leaves fewest of the eight facts unsaid.
         best.append(min(item["captions"], key=lambda caption: parse_caption(caption).count("")))
         everything.append(describe(item["scene"], random.Random(0), 8, 8, EVEN, shy=0))
     return {"best reference": best, "ceiling: all facts": everything}
@@ -2675,11 +2673,11 @@ def train_toy_clip(items, folder, seed, device, steps=450):
     """Train an open_clip.CLIP on the toy world; save it in `folder` in open_clip's own format.
 
     Its captions are fresh at every step and more detailed than the references: a CLIP knows the
-    web. A batch holds 32 whole groups of twins, so that sizes matter to it. It cannot tell left
-    from right: a judge with a blind spot, as real ones have.
+    web. A batch holds 32 whole groups of twins, so that sizes matter to it. It cannot tell
+    how two objects lie: a blind spot, as real judges have.
     """
     # On the test images, seed 0, a caption with all facts beats the same one with its relation
-    # turned round in .72 of the vertical and .45 of the horizontal layouts; chance is .5.
+    # turned round in .51 of all cases, over both orders of naming; chance is .5.
     import open_clip
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -2911,9 +2909,9 @@ class OFACaptioner(Captioner):
         shared_bias = net.position_bias("pos", places, places)                    # (h,n,n)
 
         # Among patches, and among words, every layer adds a bias of its own, by distance.
-        # A step down or to the right counts so that every offset (rows, columns) has its number.
-        # With G = 3: 12 is the patch itself, 11 and 13 its right and left neighbour, 7 and 17 the
-        # one below and above.
+        # The place (rows down, columns right) of the patch that looks, minus that of the one it
+        # looks at, has the number (2G-1) rows + columns + 2G(G-1). With G = 3 the patch itself is
+        # 12, its right and left neighbour 11 and 13, the one below and above 7 and 17.
         corner = (2 * G - 1) * row + column
         patch_distance = corner[:, None] - corner + 2 * G * (G - 1)               # (N,N)
         token_distance = net.buckets[:T, :T]                                      # (T,T)
@@ -2955,7 +2953,7 @@ class OFACaptioner(Captioner):
 
     @torch.no_grad()
     def generate(self, states, num_beams=1, sample=False):
-        """-> (B,L): the top beam, greedy or, with sample, drawn from p. No dropout.
+        """-> (B,L): the top beam, greedy or, with sample, drawn from p without pads. No dropout.
 
         paper: by the search of its fork of transformers [C]; today's gives its ids in the tests.
         """
@@ -3295,8 +3293,8 @@ def main(argv=None):
         print(f"distcap: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("distcap: stopped; the same command with --resume (make: ARGS='... --resume') goes "
-              "on from the last checkpoint, or from the start if there is none", file=sys.stderr)
+        print("distcap: stopped; training goes on by the same command with --resume (make: "
+              "ARGS='... --resume'), from its last checkpoint or from the start", file=sys.stderr)
         return 130
 
 if __name__ == "__main__":
