@@ -61,11 +61,11 @@ compare: .venv/ready  ## the study's table, of the rows that are there
 	@$(PY) distcap.py compare $(patsubst %/metrics.json,%,$(wildcard $(addsuffix /metrics.json,$(RUNS))))
 
 .PRECIOUS: runs/study/%/metrics.json runs/study/heldout-%/metrics.json data/toy-%/captions_test.json
-data/toy-%/captions_test.json: .venv/ready
+data/toy-%/captions_test.json: | .venv/ready
 	$(PY) -c "import pathlib, distcap; distcap.write_world(pathlib.Path('data/toy-$*'), $*)"
 
 # A CLIP of another seed that is trained on the same world.
-runs/study/heldout-%/metrics.json: data/toy-%/captions_test.json
+runs/study/heldout-%/metrics.json: | data/toy-%/captions_test.json
 	@mkdir -p runs
 	OMP_NUM_THREADS=1 $(PY) distcap.py train --tf-steps 0 --steps 0 --seed 100$* --images data/toy-$* \
 	  --run runs/study/heldout-$* --overwrite > runs/study-heldout-$*.log 2>&1
