@@ -2361,8 +2361,10 @@ def parse_flags(argv):
     args = parser.parse_args(argv)
     if args.command == "train" and args.resume:
         saved = {**read_config(args.run), "resume": True, "run": args.run, "device": args.device}
-        commands["train"].set_defaults(**saved)
+        # argparse would append a typed --eval-clip to those of the run.
+        commands["train"].set_defaults(**{**saved, "eval_clip": None})
         args = parser.parse_args(argv)
+        args.eval_clip = args.eval_clip or saved["eval_clip"]
         changed = [name for name in saved if getattr(args, name) != saved[name]]
         if changed:
             raise UserError(f"--resume keeps the flags of {args.run}; leave out {changed}")

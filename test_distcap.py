@@ -490,6 +490,12 @@ def test_a_run_starts_from_another_ones_captioner(workplace, capsys):
         model = "runs/whole/captioner"  # it has a config.json too, and must survive
         assert m.main(["train", *SHORT, "--run", model, "--overwrite"]) == 2
         assert "not a run" in capsys.readouterr().err and Path(model, "model.safetensors").exists()
+    # What a study's row does after a kill: --resume beside all its flags.
+    folder = start_like_whole(workplace, "runs/judged", eval_clip=["clip"])
+    again = ["train", "--resume", "--run", str(folder), "--eval-clip"]
+    assert m.parse_flags([*again, "clip"]).eval_clip == ["clip"]
+    with mistake("leave out .*eval_clip"):
+        m.parse_flags([*again, "other"])
     whole, started = workplace / "runs/whole", workplace / "runs/started"
     assert (started / "captions_tf.json").read_text() == (whole / "captions_tf.json").read_text()
     assert (started / "captions.json").read_text() == (whole / "captions_tf.json").read_text()
