@@ -55,10 +55,11 @@ flags_of = $(row_$(firstword $(subst -, ,$(1)))) --seed $(call seed_of,$(1)) --r
 study: $(addsuffix /metrics.json,$(RUNS))  ## the paper's claims, one row of flags each
 	@$(MAKE) --no-print-directory compare
 
+FINISHED = $(patsubst %/metrics.json,%,$(wildcard $(addsuffix /metrics.json,$(RUNS))))
 compare: .venv/ready  ## the study's table, of the rows that are there
-	@test -n "$(wildcard $(addsuffix /metrics.json,$(RUNS)))" || \
+	@test -n "$(FINISHED)" || \
 	  { echo 'make compare: no finished row yet; `make study` makes them' >&2; exit 1; }
-	@$(PY) distcap.py compare $(patsubst %/metrics.json,%,$(wildcard $(addsuffix /metrics.json,$(RUNS))))
+	@$(PY) distcap.py compare $(FINISHED)
 
 .PRECIOUS: runs/study/%/metrics.json runs/study/heldout-%/metrics.json data/toy-%/captions_test.json
 data/toy-%/captions_test.json: | .venv/ready

@@ -490,6 +490,13 @@ def test_a_run_starts_from_another_ones_captioner(workplace, capsys):
         model = "runs/whole/captioner"  # it has a config.json too, and must survive
         assert m.main(["train", *SHORT, "--run", model, "--overwrite"]) == 2
         assert "not a run" in capsys.readouterr().err and Path(model, "model.safetensors").exists()
+    with at(workplace) as patch:  # stopped while it copies: no run is there that would go on
+        def stopped(*_):
+            raise KeyboardInterrupt
+        patch.setattr(shutil, "copytree", stopped)
+        again = ["train", *SHORT, "--start", "runs/whole", "--run", "runs/stopped"]
+        assert m.main(again) == 130 and m.main([*again[:1], "--resume", *again[-2:]]) == 2
+        assert "runs/stopped: no run here" in capsys.readouterr().err
     # What a study's row does after a kill: --resume beside all its flags.
     folder = start_like_whole(workplace, "runs/judged", eval_clip=["clip"])
     again = ["train", "--resume", "--run", str(folder), "--eval-clip"]
