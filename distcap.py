@@ -1314,6 +1314,8 @@ def load_predictions(path, items):
         if number in captions or not isinstance(caption, str):
             raise UserError(f"{path}: image {number!r} must have one caption, a text")
         captions[number] = caption
+    if not captions:
+        raise UserError(f"{path}: no caption in it")
     return captions
 
 

@@ -209,7 +209,7 @@ def test_the_worked_example_of_section_1():
 def test_a_caption_without_a_negative_is_an_error(mask):
     case = reward_case()
     case[mask][1] = True
-    with raises(ValueError, match="no negative"):
+    with raises(ValueError, match="needs a negative"):
         m.bidirectional_reward(**case, tau=.1)
 
 
@@ -973,8 +973,7 @@ def test_odd_data_is_refused(photos, change, message):
     ('[{"image_id": 5, "caption": "x"}]', "5 is unknown"),
     ('[{"image_id": "1", "caption": "x"}]', "'1' is unknown"),
     ('[{"image_id": 1, "caption": "x"}, {"image_id": 1, "caption": "y"}]', "1 must have one"),
-    ('[{"image_id": 1, "caption": ["x"]}]', "1 must have one"),
-    ("[]", "no caption")])
+    ('[{"image_id": 1, "caption": ["x"]}]', "1 must have one")])
 def test_odd_predictions_are_refused(tmp_path, results, message):
     (tmp_path / "p.json").write_text(results)
     with raises(m.UserError, match=f"p.json.*{message}"):
@@ -1223,7 +1222,7 @@ def test_pycocotools_reads_the_toy_world(workplace):
     coco = COCO(workplace / "data/toy-0/captions_val.json")
     assert coco.getImgIds() == list(range(65, 81))
     notes = coco.loadAnns(coco.getAnnIds(imgIds=70))
-    assert [bool(m.parse_caption(note["caption"])) for note in notes] == [True] * 5
+    assert [note["image_id"] for note in notes] == [70] * 5
 
 
 # ==================================================================================================
@@ -1319,12 +1318,6 @@ def test_ofa_freezes_batchnorm_and_decodes_without_dropout():
     assert captioner.generate(states).equal(captioner.generate(states))
 
 
-def test_ofa_keeps_the_contract():
-    captioner, images = small_ofa()
-    captioner.max_new_tokens = 12
-    m.check_captioner(captioner, images, tolerance=.01)
-
-
 def test_ofa_saves_loads_and_tokenizes_like_the_original(tmp_path):
     """The question begins with a blank, captions do not; codes of images are no text."""
     from tokenizers import ByteLevelBPETokenizer
@@ -1341,6 +1334,7 @@ def test_ofa_saves_loads_and_tokenizes_like_the_original(tmp_path):
             "encoder.token_rp_bucket": torch.zeros(9), "decoder.image_pos_ln.bias": torch.zeros(9)}
     torch.save(state | more, tmp_path / "pytorch_model.bin")
     captioner = m.load_captioner(str(tmp_path))
+    m.check_captioner(captioner, torch.randn(2, 3, 64, 64))
     captioner.save(tmp_path / "again", 5)
     for one in (captioner, m.load_captioner(str(tmp_path / "again"))):
         for name, weight in one.state_dict().items():
@@ -1391,16 +1385,18 @@ def base_case(family):
     """As frozen_case, of BLIP-base's size on random weights, with one batch of 8."""
     import open_clip
     from transformers import BlipConfig, BlipForConditionalGeneration
-    ids = {"bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
-    blip = BlipForConditionalGeneration(BlipConfig(text_config=ids)).eval()
-    words = open_clip.get_tokenizer("ViT-B-32")
-    clip = m.FrozenClip(open_clip.create_model("ViT-B-32"), None, words, "cpu")
-    tokenizer = m.word_tokenizer([" ".join(f"w{k}" for k in range(30520))], 512)
-    captioner = family(blip, tokenizer, None)
-    captions = captioner.detokenize(torch.randint(4, 30524, (8, 11)))
+    numbers = torch.randint(30520, (8, 11)).tolist()
+    captions = [" ".join(f"w{k}" for k in row) for row in numbers]
     batch = {"rows": torch.arange(8), "captions": captions, "pixels": torch.randn(8, 3, 384, 384)}
     bank = {"emb": unit(24, 512), "ids": torch.arange(24), "near": torch.arange(8, 24).view(8, 2)}
-    return (captioner, m.Discriminator(512), clip, bank), [batch]
+    words = open_clip.get_tokenizer("ViT-B-32")
+    clip = m.FrozenClip(open_clip.create_model("ViT-B-32"), None, words, "cpu")
+    discriminator = m.Discriminator(512)
+    ids = {"bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
+    blip = BlipForConditionalGeneration(BlipConfig(text_config=ids)).eval()
+    tokenizer = m.word_tokenizer([" ".join(f"w{k}" for k in range(30520))], 512)
+    # The family comes last: it may draw numbers of its own.
+    return (family(blip, tokenizer, None), discriminator, clip, bank), [batch]
 
 
 def timed(function, seconds):
