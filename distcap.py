@@ -906,7 +906,7 @@ class FrozenClip:
             tokens = self.tokenizer(some)  # (b,tokens it reads)
             if (tokens[:, -2] != empty[:, -2]).any():
                 warnings.warn(f"a caption fills the {len(empty[0])} tokens that CLIP reads; what "
-                              "stands further on does not count", stacklevel=2)
+                              "stands further on does not count", stacklevel=3)
             rows.append(self.model.encode_text(tokens.to(self.device)).float())
         return F.normalize(torch.cat(rows), dim=-1)
 

@@ -1513,7 +1513,7 @@ def test_the_readmes_short_snippets_run(toy, capsys):
 
 
 def test_the_readmes_commands_parse():
-    text = (PROGRAM.parent / "README.md").read_text("utf-8")
+    text = (PROGRAM.parent / "README.md").read_text("utf-8").replace("\\\n", " ")
     commands = re.findall(r"distcap\.py ((?:train|eval|caption|compare) .*)", text)
     assert len(commands) > 6
     for line in commands:
