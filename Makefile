@@ -24,7 +24,7 @@ eval: .venv/ready  ## caption and score the test images of RUN=runs/toy again
 	$(PY) distcap.py eval --run $(RUN)
 
 test: .venv/ready  ## run the tests
-	$(PY) -m pytest -q -rs test_distcap.py $(ARGS)
+	$(PY) -m pytest -q -rs --disable-warnings test_distcap.py $(ARGS)
 
 bench: .venv/ready  ## time an RL step of BLIP-base against the released way of working
 	BENCH=1 $(PY) -m pytest -q -s test_distcap.py -k bench $(ARGS)
@@ -68,8 +68,10 @@ $(addsuffix /metrics.json,$(RUNS)): | $(addsuffix /metrics.json,$(BASES))
 	  --captioner runs/study/base-$(seed)/captioner_tf --clip runs/study/base-$(seed)/clip \
 	  --eval-clip $(held_out) --steps 200 --eval-every 25 $(row_$(row)) >> $(@D).log 2>&1
 
+FINISHED = $(patsubst %/metrics.json,%,$(wildcard $(addsuffix /metrics.json,$(RUNS))))
 compare: .venv/ready  ## the study's table, of the rows that are there
-	@$(PY) distcap.py compare $(patsubst %/metrics.json,%,$(wildcard $(addsuffix /metrics.json,$(RUNS))))
+	@test -n "$(FINISHED)" || { echo 'no finished row in runs/study; make study makes them'; exit 1; }
+	@$(PY) distcap.py compare $(FINISHED)
 
 # [S] slides, [C] released code; what nobody has printed is marked as ours and was not tuned, since
 # nobody here has run COCO. Of 20,000 TF steps of 32 each COCO caption is drawn about once.

@@ -18,8 +18,8 @@ Reinforcement Learning" (ICIP 2024).
     torchrun --nproc-per-node 4 -- distcap.py train ... # the same step on four GPUs
 
 Reading order
-    1 to 4   the paper: rewards, losses, discriminator, one step     45 minutes
-    5, 6     training loops and evaluation                           25 minutes
+    1 to 4   the paper: rewards, losses, discriminator, one step     50 minutes
+    5, 6     training loops and evaluation                           35 minutes
     7 to 11  what these are plugged into: CLIP, captioners, files, commands
     A, B, C  appendices one may skip: toy world, OFA, BLIP's attention
 
@@ -906,7 +906,7 @@ class FrozenClip:
             tokens = self.tokenizer(some)  # (b,tokens it reads)
             if (tokens[:, -2] != empty[:, -2]).any():
                 warnings.warn(f"a caption fills the {len(empty[0])} tokens that CLIP reads; what "
-                              "stands further on does not count", stacklevel=3)
+                              "stands further on does not count", stacklevel=1)
             rows.append(self.model.encode_text(tokens.to(self.device)).float())
         return F.normalize(torch.cat(rows), dim=-1)
 
@@ -1499,7 +1499,9 @@ def is_finished(run, args):
 
 
 def read_config(run):
-    """The flags of a run. -> Namespace"""
+    """The flags of a run. -> Namespace. UserError: it has no captioner after RL."""
+    if not (Path(run) / "captioner").exists():
+        raise UserError(f"{run}: no run, or not finished; the command that began it goes on")
     return argparse.Namespace(**read_json(Path(run) / "config.json"))
 
 
@@ -1594,13 +1596,20 @@ def chosen_step(args, **parts):
 
 
 def load_embeddings(run, clip, splits, workers, accelerator):
-    """Pictures of "train" and "val" by CLIP -> list of (N,D). CLIP is frozen: once is enough."""
-    def embed(name):
-        both = [embed_images(clip, splits[split], workers).cpu() for split in ("train", "val")]
-        torch.save(both, name)
+    """Pictures of "train" and "val" by CLIP -> two (N,D). CLIP is frozen: once a run is enough.
 
+    UserError: the caption files name other pictures than when the run began.
+    """
+    def embed(name):
+        torch.save([files, *(embed_images(clip, items, workers).cpu() for items in both)], name)
+
+    both = splits["train"], splits["val"]
+    files = [item["file"] for items in both for item in items]
     path = made_once(run / "embeddings.pt", embed, accelerator)
-    return [emb.to(clip.device) for emb in torch.load(path, weights_only=True)]
+    saved_files, train_emb, val_emb = torch.load(path, weights_only=True)
+    if saved_files != files:
+        raise UserError(f"{run}: began with other pictures; name another --run, or delete it")
+    return train_emb.to(clip.device), val_emb.to(clip.device)
 
 
 def load_items(annotations, images, world, seed, accelerator):
@@ -1715,11 +1724,12 @@ def print_table(rows):
     #                         before RL            after RL      best reference
     # t2i_r1                      0.100               0.550               0.272
     # spice                           -                   -                   -
-    print("\n" + " " * 18 + "".join(f"{label[-18:]:>20}" for label in rows))
+    width = 2 + max(18, *map(len, rows))
+    print("\n" + " " * 18 + "".join(f"{label:>{width}}" for label in rows))
     for name in next(iter(rows.values())):
         values = [metrics.get(name) for metrics in rows.values()]
         cells = ["-" if value is None else f"{value:.3f}" for value in values]
-        print(f"{name:18}" + "".join(f"{cell:>20}" for cell in cells))
+        print(f"{name:18}" + "".join(f"{cell:>{width}}" for cell in cells))
 
 
 def evaluate_run(run, args, items, clip, captioning):
@@ -1758,7 +1768,7 @@ def report(run, captions, items, clips):
     losses = [k for k in order[-3:] if k not in gains]
     examples = []
     for k in gains + losses:
-        lines = [f"image's rank: {before[k]:g}, then {after[k]:g}",
+        lines = [f"{'helped' if k in gains else 'harmed'}: rank {before[k]:g}, then {after[k]:g}",
                  f"before RL: {captions['before RL'][k]}", f"after RL: {captions['after RL'][k]}",
                  f"human: {items[k]['captions'][0]}"]
         examples.append((items[k]["file"], lines))
@@ -1776,12 +1786,12 @@ def report(run, captions, items, clips):
 #   3  accuracy near 1: the discriminator recognises each generated caption; near .5: it cannot,
 #      because they read like human ones or because it learns too slowly.
 CURVES = {
-    "1. Reward: RL's captions overtake human ones": {
+    "1. Reward, a mean over the batch": {
         "r_policy": "the captioner's own caption", "r_gt": "a human caption"},
-    "2. Captions retrieve their images (R@1, validation)": {
+    "2. Retrieval (R@1, validation)": {
         "t2i_r1": "text to image", "i2t_r1": "image to text", "oracle_r1": "by facts alone"},
-    "3. ... and stay true and grammatical (validation)": {
-        "well_formed": "captions that parse", "true": "stated facts that hold",
+    "3. Truth and grammar (validation)": {
+        "well_formed": "well-formed captions", "true": "stated facts that hold",
         "d_accuracy": "discriminator's accuracy (.5 is chance)"}}
 
 
@@ -1824,8 +1834,6 @@ def evaluate_command(args):
         evaluate_predictions(args)
         return
     run = Path(args.run)
-    if not (run / "captioner").exists():
-        raise UserError(f"{run}: no run, or not finished; train --run {run} goes on with it")
     flags, accelerator = read_config(run), setup_machine(cpu=False)
     splits = load_items(flags.annotations, flags.images, flags.world, flags.seed, accelerator)
     clip = load_clip(flags.clip or str(run / "clip"), flags.clip_pretrained, accelerator.device)
@@ -1845,7 +1853,7 @@ def evaluate_predictions(args):
     captions = {path: load_predictions(path, items) for path in args.predictions}
     if args.images:
         clip = load_clip(args.clip, args.clip_pretrained, setup_machine(cpu=False).device)
-        clips = load_clips(clip, args.eval_clip, args.clip_pretrained, items, workers=4)
+        clips = load_clips(clip, args.eval_clip, args.clip_pretrained, items, WORKERS)
     for path, texts in captions.items():
         places = [k for k, item in enumerate(items) if item["image_id"] in texts]
         print(f"{path}: {len(places)} of {len(items)} images have a caption")
@@ -1904,6 +1912,8 @@ def compare_command(args):
 # 11. Command line
 # ==================================================================================================
 
+WORKERS = min(4, os.cpu_count() or 1)
+
 # The toy world's settings, for a world of 43 words that two cores learn in minutes.
 #   tf_steps   with fewer the captioner sees a little worse, and states more facts that do not hold
 #   steps, lr  80 steps pass the best of five references, by facts too (oracle R@1)
@@ -1924,7 +1934,7 @@ def build_parser():
     """The command line. -> parser, {name: parser of that command}"""
     # What has no flag is a keyword default where it is used, as the 3-grams and 50 tokens of
     # Captioner.
-    look = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    look = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(prog="distcap.py", **look,
                                      description="Distinctive captioning, arXiv 2402.13936.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1969,7 +1979,7 @@ def build_parser():
     add("--eval-every", 500, "RL steps")
     add("--eval-images", 1000, "of validation")
     add("--checkpoint-every", 200, "steps")
-    add("--workers", 4, "processes that read pictures")
+    add("--workers", WORKERS, "processes that read pictures")
     add("--seed", 0, "of all that is random")
     add("--cpu", False, "leave a GPU alone")
 
