@@ -94,7 +94,7 @@ coco:  ## download COCO into data/coco (needs 40 GB)
 	  rm $$zip && touch $$zip.done; } || exit 1; done
 
 # pycocoevalcap's own download, else Maven's.
-SPICE = $$($(PY) -c "import pycocoevalcap; print(pycocoevalcap.__path__[0])")/spice
 spice: .venv/ready  ## fetch what the metric SPICE needs, 400 MB
-	cd $(SPICE) && $(CURDIR)/$(PY) get_stanford_models.py || for kind in jar jar:models; do mvn -q -B \
-	  dependency:copy -Dartifact=edu.stanford.nlp:stanford-corenlp:3.6.0:$$kind -DoutputDirectory=$(SPICE)/lib; done
+	lib=$$($(PY) -c "import pycocoevalcap; print(pycocoevalcap.__path__[0])")/spice/lib; \
+	$(PY) $$lib/../get_stanford_models.py || for kind in jar jar:models; do mvn -q -B dependency:copy \
+	  -DoutputDirectory=$$lib -Dartifact=edu.stanford.nlp:stanford-corenlp:3.6.0:$$kind || exit 1; done
