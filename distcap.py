@@ -135,8 +135,7 @@ def contrast(cosine, pool, own, tau):
 
     cosine (B,): of the right pairs. pool (B,P): of each caption or image with every entry of a
     pool. own (B,P): True where the entry is the right one. Of n negatives the result lies between
-    cosine - max - tau log(n) and cosine - max. ValueError: no negative, where it would be +inf; a
-    tau not above 0.
+    cosine - max - tau log(n) and cosine - max. ValueError: no negative; a tau not above 0.
     """
     # tau * ( log e^{cosine/tau} - log SUM_{negatives} e^{negative/tau} )
     # paper: the positive is left out of the sum (a "decoupled" contrastive loss).
@@ -159,10 +158,7 @@ def unidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, t
 
 
 def bidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
-    """r_i2t + r_t2i: contrast with the captions in T and with the images in I. -> (B,).
-
-    Source: slides.
-    """
+    """r_i2t + r_t2i: contrast with the captions in T and the images in I. -> (B,). Source: slides."""
     # r_i2t = tau * ( log e^{t_c.i_c/tau} - log SUM_{t in T \ t_c} e^{t.i_c/tau} )
     # r_t2i = tau * ( log e^{t_c.i_c/tau} - log SUM_{i in I \ i_c} e^{t_c.i/tau} )
     # paper: the slides' simplest baseline for r_t2i is the similarity with one mined image.
@@ -462,7 +458,6 @@ def rl_step(batch, captioner, discriminator, clip, bank, *, reward="bidirectiona
         r_policy, r_gt = advantages(r_policy, r_gt)  # (B,) each
 
     # ---- 5. DISCRIMINATOR: learns on the same batch, GT = 1, generated = 0 -----------------------
-    # Its update comes after the step: the rewards above do not know it.
     d_loss = None
     if discriminator_learns:
         d_loss, info["d_accuracy"] = discriminator_loss(discriminator, i, t_gt, t_policy)
@@ -512,8 +507,7 @@ def wtf_step(batch, captioner, discriminator, clip, bank, *, reward="bidirection
 def tf_step(batch, captioner, *, autocast=contextlib.nullcontext, gather=lambda x: x, rank=0):
     """Plain teacher forcing: the same loss with reward 1, dropout on. -> loss (), None, info.
 
-    RL starts from the captioner that this makes. Teacher forcing prefers words that fit many
-    images, so its captions are generic.
+    RL starts from what this makes: captions that are generic, of words that fit many images.
     """
     captioner.train()
     with autocast():
@@ -750,7 +744,6 @@ def clip_metrics(captions, clip, i, prefix="A photo depicts "):
     prefix: what CLIPScore puts in front of a caption; the default is the published one.
     """
     metrics, _ = retrieval(clip.encode_texts(captions), i)
-    # CLIPScore keeps full stops, so nothing ("") is removed.
     t = clip.encode_texts([prefix + caption for caption in captions], remove="")  # (n,D)
     # CLIPScore = 2.5 max(0, t.i)        source: Hessel et al. 2021
     metrics["clip_score"] = 2.5 * F.cosine_similarity(t, i).clamp(min=0).mean().item()
