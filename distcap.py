@@ -158,7 +158,7 @@ def unidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, t
 
 
 def bidirectional_reward(*, t, i, greedy, texts, images, own_text, own_image, tau):
-    """r_i2t + r_t2i: contrast with the captions in T and the images in I. -> (B,). Source: slides."""
+    """r_i2t + r_t2i: contrast with both pools, T and I. -> (B,). Source: slides."""
     # r_i2t = tau * ( log e^{t_c.i_c/tau} - log SUM_{t in T \ t_c} e^{t.i_c/tau} )
     # r_t2i = tau * ( log e^{t_c.i_c/tau} - log SUM_{i in I \ i_c} e^{t_c.i/tau} )
     # paper: the slides' simplest baseline for r_t2i is the similarity with one mined image.
