@@ -27,7 +27,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the recorded numbers are a CPU's
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums of one order here and in other processes
+os.environ["OMP_NUM_THREADS"] = "1"  # sums of one order here and in other processes
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
