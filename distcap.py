@@ -220,11 +220,11 @@ def caption_log_prob(logits, tokens, eos):
     # length (255 for GT), which would shrink WTF about 15 times.
     if logits.shape[:2] != tokens.shape:
         raise ValueError(f"logits {tuple(logits.shape)} for tokens {tuple(tokens.shape)}")
-    # Searches fill short captions up with pads, some with more eos: so the place decides.
-    is_eos = (tokens == eos).long()  # (B,L)
+    is_eos = (tokens == eos).long()  # (B,L) searches fill short captions up with pads or with eos
     filler = is_eos.cumsum(1) > is_eos  # (B,L) an eos stands before this place
     words = tokens.masked_fill(filler, eos)  # (B,L)
-    # Of -1 for -100 torch makes an error where transformers' label for "ignore" is in a caption.
+    # transformers marks ignored labels by -100, and torch skips these by default. -1 here, so that
+    # one inside a caption is an error.
     nll = F.cross_entropy(logits.flatten(0, 1).float(), words.flatten(), reduction="none",
                           ignore_index=-1)
     nll = nll.view_as(tokens).masked_fill(filler, 0.)  # (B,L)
@@ -1242,8 +1242,9 @@ def load_data(annotations, images=(), with_scenes=False):
         raise UserError(f"--images: {len(images)} folders for {len(annotations)} caption files")
     splits = {split: [] for split in SPLITS}
     for k, path in enumerate(annotations):
-        coco, data = COCO(), read_json(path)
+        data = read_json(path)
         if "annotations" in data:  # COCO's; in Karpathy's they stand with the images
+            coco = COCO()
             coco.dataset = data
             with contextlib.redirect_stdout(io.StringIO()):  # it prints that it is at work
                 coco.createIndex()
